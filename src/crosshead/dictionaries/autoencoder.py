@@ -1,0 +1,118 @@
+"""What the position-wise sparse autoencoders share: one encoder, one decoder, the loss; no attention.
+
+Shape legend: B contexts, T positions, N = B*T rows, F features, D width of the concatenated sites.
+
+    f = act(W x + b),   x_hat = f D + b_d,   loss = ||x - x_hat||^2 + lambda_s sum_i f_i n_i (+ its negative twin)
+
+Every site is centred by its training mean and scaled by one factor to E||x||^2 = its width, so that layers enter with
+equal power per coordinate. Subclasses say which sites they read and how a feature's size n_i is measured.
+"""
+
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from crosshead.dictionaries.base import Batch, Dictionary, LayerWeights, Loss, ModelDims, ParameterGroup
+from crosshead.dictionaries.encoder import SparseEncoder
+from crosshead.dictionaries.starts import Moments
+from crosshead.maths.sparse import SparseCodes, decode
+
+__all__ = ["Autoencoder"]
+
+
+class Autoencoder(Dictionary):
+    """Base of the position-wise autoencoders. The target is the input."""
+
+    means: Tensor
+    scales: Tensor
+
+    def __init__(self, config, dims: ModelDims):
+        super().__init__(config, dims)
+        width = sum(self.target_widths)
+        self.encoder = SparseEncoder(width, config.features, config.sparsity)
+        self.decoder = nn.Parameter(torch.zeros(config.features, width))
+        self.decoder_bias = nn.Parameter(torch.zeros(width))
+        self.register_buffer("means", torch.zeros(width))
+        self.register_buffer("scales", torch.ones(len(self.target_widths)))
+
+    @abstractmethod
+    def raw(self, batch: Batch) -> list[Float[Tensor, "B T width"]]:
+        """The raw activations of every target site, flattened to one width each."""
+
+    @abstractmethod
+    def feature_norms(self) -> Float[Tensor, " F"]: ...
+
+    def target(self, batch: Batch) -> Float[Tensor, "B T D"]:
+        return (torch.cat([x.float() for x in self.raw(batch)], dim=-1) - self.means) * self.column_scales
+
+    @property
+    def column_scales(self) -> Float[Tensor, " D"]:
+        """Each site's scale, repeated over its columns."""
+        widths = torch.tensor(self.target_widths, device=self.scales.device)
+        return self.scales.repeat_interleave(widths)
+
+    def unscaled(self, prediction: Float[Tensor, "B T D"]) -> list[Float[Tensor, "B T width"]]:
+        """Undo centring and scaling, split by site."""
+        raw = prediction / self.column_scales + self.means
+        return list(raw.split(list(self.target_widths), dim=-1))
+
+    def _inputs(self, batch: Batch) -> Float[Tensor, "N D"]:
+        return (self.target(batch) * batch.mask[..., None]).flatten(0, 1)
+
+    def encode(self, batch: Batch, progress: float = 1.0) -> SparseCodes:
+        with torch.no_grad():
+            norms = self.feature_norms()
+        return self.encoder(self._inputs(batch), batch.mask.flatten(), norms, progress)
+
+    def decode(self, codes: SparseCodes, batch: Batch) -> Float[Tensor, "B T D"]:
+        return (decode(codes, self.decoder) + self.decoder_bias).view(*batch.mask.shape, -1)
+
+    def loss(self, batch: Batch, progress: float = 1.0) -> Loss:
+        x, mask = self._inputs(batch), batch.mask.flatten()
+        norms = self.feature_norms()
+        codes = self.encoder(x, mask, norms.detach(), progress)
+        target = x[mask]
+        error = (decode(codes, self.decoder)[mask] + self.decoder_bias - target).square().sum()
+        parts = {"reconstruction": error / len(target)}
+        parts |= self.encoder.penalties(codes, x, mask, norms, progress)
+        on = codes.values.detach() != 0
+        fired = torch.bincount(codes.columns[on], minlength=self.config.features) > 0
+        return Loss(parts, float(on.sum()) / len(target), float(error.detach() / target.square().sum()), fired)
+
+    def parameter_groups(self) -> list[ParameterGroup]:
+        return [ParameterGroup("all", list(self.parameters()), 1.0)]
+
+    @torch.no_grad()
+    def start_(
+        self, batches: Sequence[Batch], weights: Mapping[int, LayerWeights], generator: torch.Generator
+    ) -> None:
+        per_site = zip(*(self.raw(b) for b in batches), strict=True)
+        masks = [b.mask for b in batches]
+        moments = [Moments(x.float()[m] for x, m in zip(site, masks, strict=True)) for site in per_site]
+        self.means.copy_(torch.cat([m.mean for m in moments]))
+        self.scales.copy_(torch.tensor([m.scale for m in moments]))
+        x = torch.cat([self._inputs(b)[b.mask.flatten()] for b in batches])
+        # Directions of random training rows cover the data; random Gaussian directions leave many features dead.
+        chosen = torch.randint(len(x), (self.config.features,), generator=generator).to(x.device)
+        noise = torch.randn(self.decoder.shape, generator=generator).to(x.device)
+        self.decoder.copy_(nn.functional.normalize(nn.functional.normalize(x[chosen], dim=1) + 0.02 * noise, dim=1))
+        self.encoder.weight.copy_(self.decoder)
+        self.encoder.start_bias_(x)
+        self._fit_scale(batches[0])
+
+    def _fit_scale(self, batch: Batch) -> None:
+        """One least-squares factor on all decoder rows: a start at the data's own magnitude."""
+        mode = self.training
+        self.train()
+        target = self.target(batch)[batch.mask]
+        written = self.decode(self.encode(batch), batch)[batch.mask]
+        self.decoder.mul_(((written * target).sum() / written.square().sum().clamp(min=1e-12)).clamp(min=1e-3))
+        self.train(mode)
+
+    def calibrate_(self, batches: Sequence[Batch]) -> None:
+        rows = [(self._inputs(b), b.mask.flatten()) for b in batches]
+        with torch.no_grad():
+            self.encoder.calibrate_(rows, self.feature_norms())

@@ -1,0 +1,358 @@
+r"""Multitoken transcoder (MTC) and its few-heads relatives (Jermyn et al., Progress on Attention, 2025).
+
+Shape legend: B contexts, T positions, N = B*T rows, F features, H query heads, M = H + 1 movers (index 0 is the
+identity), D = d_model.
+
+    f_i(s)   = act(w_i . x_s + b_i)                                     key-side activation
+    P_i(t,s) = sum_h L_hi A_h(t,s) + L_0i [t = s]                       feature pattern, L: head loadings
+    g_i(t)   = sum_s P_i(t,s) f_i(s)                                    query-side activation
+    y_t      = b_d + sum_i g_i(t) d_i + sum_h A_h(t,BOS) c_h            prediction
+
+The patterns A_h are the base model's own and constant. Features are zero at the beginning-of-text token; what it
+contributes is the same in every context and learned as c_h (design choice). No [T, T, F] tensor is ever built: every head
+moves its share of the decoded features, y = sum_h A_h ((f * L_h) D) + (f * L_0) D.
+
+Penalties weigh feature i by n_i = sqrt(L_i' C L_i) ||d_i||, the size of what it writes when it moves a unit activation;
+C is the Gram matrix of the head patterns over training data (design choice; ``loadings_penalty`` has the alternatives).
+Keeping the m largest |L_hi| of every feature gives the Top-1 MTC (m = 1) and the dose-response between.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Literal
+
+import torch
+from jaxtyping import Float
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+
+from crosshead.dictionaries.base import (
+    Batch,
+    Dictionary,
+    DictionaryConfig,
+    LayerWeights,
+    Loss,
+    ModelDims,
+    ParameterGroup,
+    Site,
+)
+from crosshead.dictionaries.encoder import SparseEncoder
+from crosshead.dictionaries.sparsity import Sparsity
+from crosshead.dictionaries.starts import Moments, ridge
+from crosshead.maths.sparse import SparseCodes, moved_decode
+
+__all__ = ["Config", "Module"]
+
+
+class Config(DictionaryConfig):
+    """Parameters of a multitoken transcoder."""
+
+    kind: Literal["mtc"] = "mtc"  # pyright: ignore[reportIncompatibleVariableOverride]
+    layers: tuple[int]  # pyright: ignore[reportIncompatibleVariableOverride]
+    """The one layer whose attention it replaces."""
+    sparsity: Sparsity
+    """Which features are active."""
+    target: Literal["attn_out", "resid_out"] = "attn_out"
+    """Predict the attention output, or the residual stream after the whole layer."""
+    input: Literal["normed", "resid"] = "normed"
+    """Read the residual stream divided by its rms at every position, or scaled by one factor for all."""
+    heads_per_feature: Annotated[int, Field(gt=0)] | Literal["all"] = "all"
+    """Every feature keeps this many of its movers (heads and identity); 1 is the Top-1 MTC."""
+    assignment: Literal["learned", "fixed"] = "learned"
+    """Kept movers: annealed selection with a straight-through gradient, or those drawn at the start (control)."""
+    loadings_sign: Literal["free", "nonnegative"] = "free"
+    """Constraint on head loadings."""
+    loadings_penalty: Literal["gram", "l1", "l2"] = "gram"
+    """Norm of the head loadings in n_i."""
+    start: Literal["value_maps", "random"] = "value_maps"
+    """Features drawn from each head's own value map (design choice), or random directions with decoder = encoder."""
+    start_identity: Annotated[float, Field(ge=0, le=1)] = 0.03
+    """Share of features that start on the identity."""
+    start_noise: Annotated[float, Field(ge=0)] = 0.03
+    """Standard deviation of the loadings around their one-hot start."""
+    loadings_multiplier: Annotated[float, Field(gt=0)] = 7.5
+    """Learning rate of the head loadings over that of everything else."""
+
+    @model_validator(mode="after")
+    def _fixed_means_one(self) -> "Config":
+        if self.assignment == "fixed" and self.heads_per_feature != 1:
+            raise ValueError(f"assignment: fixed binds a feature to one mover, but heads_per_feature is "
+                             f"{self.heads_per_feature}; set heads_per_feature: 1 or assignment: learned")  # fmt: skip
+        return self
+
+
+class Module(Dictionary):
+    """A multitoken transcoder; see the module's text for its equations."""
+
+    Config = Config
+    input_mean: Tensor
+    input_scale: Tensor
+    target_mean: Tensor
+    target_scale: Tensor
+    pattern_gram: Tensor
+    fixed_movers: Tensor
+
+    def __init__(self, config: Config, dims: ModelDims):
+        super().__init__(config, dims)
+        d, features, movers = dims.d_model, config.features, dims.n_heads + 1
+        if config.heads_per_feature != "all" and config.heads_per_feature > movers:
+            raise ValueError(f"heads_per_feature={config.heads_per_feature} exceeds the {movers} movers (heads and "
+                             "identity); lower it or write all")  # fmt: skip
+        self.encoder = SparseEncoder(d, features, config.sparsity)
+        self.loadings = nn.Parameter(torch.zeros(movers, features))
+        self.decoder = nn.Parameter(torch.zeros(features, d))
+        self.decoder_bias = nn.Parameter(torch.zeros(d))
+        self.bos = nn.Parameter(torch.zeros(dims.n_heads, d))
+        self.register_buffer("input_mean", torch.zeros(d))
+        self.register_buffer("input_scale", torch.ones(()))
+        self.register_buffer("target_mean", torch.zeros(d))
+        self.register_buffer("target_scale", torch.ones(()))
+        self.register_buffer("pattern_gram", torch.eye(movers))
+        self.register_buffer("fixed_movers", torch.zeros(features, dtype=torch.long))
+
+    # ---- what it reads and predicts ----
+
+    @property
+    def layer(self) -> int:
+        """The base-model layer."""
+        return self.config.layers[0]
+
+    @property
+    def sites(self) -> tuple[Site, ...]:
+        return (Site(self.layer, "resid_in"), Site(self.layer, "pattern"), Site(self.layer, self.config.target))
+
+    @property
+    def start_sites(self) -> tuple[Site, ...]:
+        return (Site(self.layer, "v"),) if self.config.start == "value_maps" else ()
+
+    @property
+    def target_sites(self) -> tuple[Site, ...]:
+        return (Site(self.layer, self.config.target),)
+
+    @property
+    def target_widths(self) -> tuple[int, ...]:
+        return (self.dims.d_model,)
+
+    def target(self, batch: Batch) -> Float[Tensor, "B T D"]:
+        return (batch[self.target_sites[0]].float() - self.target_mean) * self.target_scale
+
+    def denormalise(self, prediction: Float[Tensor, "B T D"]) -> dict[Site, Tensor]:
+        return {self.target_sites[0]: prediction / self.target_scale + self.target_mean}
+
+    def inputs(self, batch: Batch) -> Float[Tensor, "N D"]:
+        """What the encoder reads: normalised residual stream, zero at masked positions."""
+        x = self._normed(batch[Site(self.layer, "resid_in")].float())
+        return (((x - self.input_mean) * self.input_scale) * batch.mask[..., None]).flatten(0, 1)
+
+    def _normed(self, x: Tensor) -> Tensor:
+        if self.config.input == "resid":
+            return x
+        return x / x.square().mean(-1, keepdim=True).sqrt().clamp(min=1e-12)
+
+    # ---- the model ----
+
+    def effective_loadings(self, progress: float = 1.0) -> Float[Tensor, "M F"]:
+        """Head loadings after keeping each feature's largest movers; gradients reach all of them (straight through)."""
+        loadings, movers = self.loadings, len(self.loadings)
+        wanted = self.config.heads_per_feature
+        if wanted == "all":
+            return loadings
+        if self.config.assignment == "fixed":
+            kept = torch.zeros_like(loadings, dtype=torch.bool)
+            kept[self.fixed_movers, torch.arange(self.config.features, device=loadings.device)] = True
+            return loadings * kept
+        # Movers are given up one by one over the first 30% of training, like k.
+        now = max(wanted, round(movers - (movers - wanted) * min(1.0, progress / 0.3)))
+        weakest = loadings.detach().abs().topk(movers - now, dim=0, largest=False, sorted=False).indices
+        pruned = loadings.detach().scatter(0, weakest, 0.0)
+        return loadings + (pruned - loadings).detach()
+
+    def feature_norms(self, progress: float = 1.0) -> Float[Tensor, " F"]:
+        loadings = self.effective_loadings(progress)
+        if self.config.loadings_penalty == "l1":
+            size = loadings.abs().sum(0)
+        elif self.config.loadings_penalty == "l2":
+            size = loadings.square().sum(0).clamp(min=1e-12).sqrt()
+        else:
+            size = (loadings * (self.pattern_gram @ loadings)).sum(0).clamp(min=1e-12).sqrt()
+        return size * self.decoder.norm(dim=1)
+
+    def encode(self, batch: Batch, progress: float = 1.0) -> SparseCodes:
+        with torch.no_grad():
+            norms = self.feature_norms(progress)
+        return self.encoder(self.inputs(batch), batch.mask.flatten(), norms, progress)
+
+    def decode(self, codes: SparseCodes, batch: Batch, progress: float = 1.0) -> Float[Tensor, "B T D"]:
+        moved = moved_decode(codes, self.effective_loadings(progress), self.decoder)
+        pattern = batch[Site(self.layer, "pattern")]
+        n_contexts, n_positions = batch.mask.shape
+        moved_MBTD = moved.view(len(moved), n_contexts, n_positions, -1)
+        # One product per context over (head, source) pairs, instead of one per head.
+        pattern_B_T_HT = pattern.transpose(1, 2).flatten(2)
+        moved_B_HT_D = moved_MBTD[1:].transpose(0, 1).flatten(1, 2)
+        y = pattern_B_T_HT @ moved_B_HT_D + moved_MBTD[0]
+        return y + pattern[..., 0].transpose(1, 2) @ self.bos + self.decoder_bias
+
+    def loss(self, batch: Batch, progress: float = 1.0) -> Loss:
+        x, mask = self.inputs(batch), batch.mask.flatten()
+        norms = self.feature_norms(progress)
+        codes = self.encoder(x, mask, norms.detach(), progress)
+        target = self.target(batch)[batch.mask]
+        error = (self.decode(codes, batch, progress)[batch.mask] - target).square().sum()
+        parts = {"reconstruction": error / len(target)}
+        parts |= self.encoder.penalties(codes, x, mask, norms, progress)
+        on = codes.values.detach() != 0
+        fired = torch.bincount(codes.columns[on], minlength=self.config.features) > 0
+        return Loss(parts, float(on.sum()) / len(target), float(error.detach() / target.square().sum()), fired)
+
+    def project_(self) -> None:
+        if self.config.loadings_sign == "nonnegative":
+            with torch.no_grad():
+                self.loadings.clamp_(min=0.0)
+
+    def parameter_groups(self) -> list[ParameterGroup]:
+        rest = [p for name, p in self.named_parameters() if name != "loadings"]
+        return [
+            ParameterGroup("loadings", [self.loadings], self.config.loadings_multiplier),
+            ParameterGroup("rest", rest, 1.0),
+        ]
+
+    # ---- features as users look at them ----
+
+    def head_loadings(self) -> Float[Tensor, "F H"]:
+        return self.effective_loadings()[1:].T.detach()
+
+    def pattern(self, batch: Batch, feature: int) -> Float[Tensor, "B T T"]:
+        """P_i(t, s) of one feature; the column of the beginning-of-text token is zero because f_i is zero there."""
+        loadings = self.effective_loadings().detach()[:, feature]
+        pattern = torch.einsum("h,bhts->bts", loadings[1:], batch[Site(self.layer, "pattern")])
+        pattern = pattern + loadings[0] * torch.eye(pattern.shape[-1], device=pattern.device)
+        return pattern * batch.mask[:, None, :]
+
+    @torch.no_grad()
+    def query_side(self, batch: Batch, features: Sequence[int]) -> Float[Tensor, "B T n"]:
+        """g_i(t) of the given features."""
+        key_side = self.encode(batch).to_dense().view(*batch.mask.shape, -1)[..., list(features)]
+        per_feature = [self.pattern(batch, i) @ key_side[..., j, None] for j, i in enumerate(features)]
+        return torch.cat(per_feature, dim=-1)
+
+    @torch.no_grad()
+    def contributions(self, batch: Batch) -> Float[Tensor, "M F"]:
+        """sum_t (L_hi sum_s A_h(t,s) f_i(s))^2 over counted positions: what each mover contributes to each feature."""
+        loadings = self.effective_loadings()
+        codes = self.encode(batch).to_dense().view(*batch.mask.shape, -1)
+        patterns = batch[Site(self.layer, "pattern")] * batch.mask[:, None, :, None]
+        sums = [codes.square().sum((0, 1))]
+        sums += [(patterns[:, h] @ codes).square().sum((0, 1)) for h in range(self.dims.n_heads)]
+        return torch.stack(sums) * loadings.square()
+
+    # ---- start and calibration ----
+
+    @torch.no_grad()
+    def start_(
+        self, batches: Sequence[Batch], weights: Mapping[int, LayerWeights], generator: torch.Generator
+    ) -> None:
+        resid = Site(self.layer, "resid_in")
+        inputs = Moments(self._normed(b[resid].float())[b.mask] for b in batches)
+        targets = Moments(b[self.target_sites[0]].float()[b.mask] for b in batches)
+        self.input_mean.copy_(inputs.mean)
+        self.input_scale.fill_(inputs.scale if self.config.input == "resid" else 1.0)
+        self.target_mean.copy_(targets.mean)
+        self.target_scale.fill_(targets.scale)
+        self.pattern_gram.copy_(_pattern_gram([(b[Site(self.layer, "pattern")], b.mask) for b in batches]))
+
+        x = torch.cat([self.inputs(b)[b.mask.flatten()] for b in batches])
+        if self.config.start == "value_maps":
+            maps = self._base_maps(batches, weights[self.layer], x)
+            mover = self._draw_movers(batches, maps, generator)
+            source = x[torch.randint(len(x), (self.config.features,), generator=generator).to(x.device)]
+            for m in range(len(self.loadings)):
+                mine = mover == m
+                direction = nn.functional.normalize(source[mine] @ maps[m], dim=1)
+                self.decoder[mine] = direction
+                self.encoder.weight[mine] = direction @ maps[m].T
+        else:
+            mover = torch.randint(len(self.loadings), (self.config.features,), generator=generator).to(x.device)
+            noise = torch.randn(self.encoder.weight.shape, generator=generator).to(x.device)
+            self.encoder.weight.copy_(nn.functional.normalize(noise, dim=1))
+            self.decoder.copy_(self.encoder.weight)
+        self.fixed_movers.copy_(mover)
+        noise = torch.randn(self.loadings.shape, generator=generator).to(x.device) * self.config.start_noise
+        self.loadings.copy_(nn.functional.one_hot(mover, len(self.loadings)).T.float() + noise)
+        self.project_()
+        self.encoder.start_bias_(x)
+        self._fit_scales(batches[: max(1, len(batches) // 4)], mover)
+
+    def _base_maps(self, batches: Sequence[Batch], layer: LayerWeights, x: Tensor) -> Float[Tensor, "M D D"]:
+        """Linear maps from the input to what each mover would write: ridge to its head's values, then W_O."""
+        target = torch.cat([self.target(b)[b.mask] for b in batches])
+        identity = ridge(x, target)
+        value = torch.cat([b[Site(self.layer, "v")].float().transpose(1, 2).flatten(2)[b.mask] for b in batches])
+        to_value = ridge(x, value - value.mean(0)).view(x.shape[1], self.dims.n_kv_heads, -1)
+        to_value = to_value.repeat_interleave(self.dims.n_heads // self.dims.n_kv_heads, dim=1)
+        heads = torch.einsum("dhe,hec->hdc", to_value, layer.W_O.to(x)) * self.target_scale
+        return torch.cat([identity[None], heads])
+
+    def _draw_movers(self, batches: Sequence[Batch], maps: Tensor, generator: torch.Generator) -> Tensor:
+        """A mover for every feature: heads by their share of the energy they write, a few on the identity."""
+        energy = torch.zeros(self.dims.n_heads, device=maps.device)
+        for b in batches:
+            x = self.inputs(b).view(*b.mask.shape, -1)
+            for h in range(self.dims.n_heads):
+                energy[h] += (b[Site(self.layer, "pattern")][:, h] @ (x @ maps[h + 1])).square().sum()
+        share = self.config.start_identity
+        probabilities = torch.cat([energy.new_tensor([share]), (1 - share) * energy / energy.sum()])
+        drawn = torch.multinomial(probabilities.cpu(), self.config.features, replacement=True, generator=generator)
+        return drawn.to(maps.device)
+
+    def _fit_scales(self, batches: Sequence[Batch], mover: Tensor) -> None:
+        """Least squares for c_h and b_d, then for one scale per mover on what is left."""
+        first_column = torch.cat([b[Site(self.layer, "pattern")][..., 0].transpose(1, 2)[b.mask] for b in batches])
+        target = torch.cat([self.target(b)[b.mask] for b in batches])
+        design = torch.cat([first_column, torch.ones_like(first_column[:, :1])], dim=1)
+        solution = ridge(design, target, 1e-6)
+        self.bos.copy_(solution[:-1])
+        self.decoder_bias.copy_(solution[-1])
+
+        gram = target.new_zeros(len(self.loadings), len(self.loadings)).double()
+        moment = gram[0].clone()
+        remaining = 0.0
+        mode = self.training
+        self.train()
+        for b in batches:
+            codes = self.encode(b)
+            base = self.decode(codes.with_values(torch.zeros_like(codes.values)), b)
+            rest = (self.target(b) - base)[b.mask].double()
+            parts = []
+            for m in range(len(self.loadings)):
+                own = codes.with_values(codes.values * (mover[codes.columns] == m))
+                parts.append((self.decode(own, b) - base)[b.mask].double().flatten())
+            written = torch.stack(parts)
+            gram += written @ written.T
+            moment += written @ rest.flatten()
+        self.train(mode)
+        gram.diagonal().add_(1e-6 * gram.diagonal().mean() + 1e-12)
+        scales = torch.linalg.solve(gram, moment).clamp(min=1e-3).to(target.dtype)
+        self.decoder.mul_(scales[mover][:, None])
+        for b in batches:
+            error = (self.target(b) - self.decode(self.encode(b), b))[b.mask]
+            remaining = remaining + error.mean(0) / len(batches)
+        self.decoder_bias += remaining
+
+    def calibrate_(self, batches: Sequence[Batch]) -> None:
+        rows = [(self.inputs(b), b.mask.flatten()) for b in batches]
+        with torch.no_grad():
+            self.encoder.calibrate_(rows, self.feature_norms())
+
+
+@torch.no_grad()
+def _pattern_gram(batches: list[tuple[Tensor, Tensor]]) -> Float[Tensor, "M M"]:
+    """Gram matrix of the identity and the head patterns, beginning-of-text key left out, unit diagonal."""
+    total: Tensor | float = 0.0
+    for pattern, mask in batches:
+        heads = (pattern * mask[:, None, :, None] * mask[:, None, None, :]).double()
+        identity = torch.diag_embed(mask.double())[:, None]
+        movers = torch.cat([identity, heads], dim=1).transpose(0, 1).flatten(1)
+        total = total + movers @ movers.T
+    assert isinstance(total, Tensor)
+    scale = total.diagonal().clamp(min=1e-12).rsqrt()
+    return (total * scale[:, None] * scale).float()

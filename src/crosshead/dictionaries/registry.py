@@ -1,0 +1,34 @@
+"""Architectures by kind. A kind is the name of its file here; the file is imported only when it is asked for."""
+
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from crosshead.dictionaries.base import Dictionary, DictionaryConfig, ModelDims
+from crosshead.io.files import read_json
+
+__all__ = ["KINDS", "build", "config_class", "load_dictionary"]
+
+KINDS = ("attn_out_sae", "mtc", "value_sae")
+
+
+def _module(kind: str) -> Any:
+    if kind not in KINDS:
+        raise ValueError(f"unknown architecture {kind!r}; choose one of {', '.join(KINDS)}")
+    return import_module(f"crosshead.dictionaries.{kind}")
+
+
+def config_class(kind: str) -> type[DictionaryConfig]:
+    """The Config class of an architecture; ValueError for an unknown kind."""
+    return _module(kind).Config
+
+
+def build(config: DictionaryConfig, dims: ModelDims) -> Dictionary:
+    """An unstarted dictionary of the config's architecture."""
+    return _module(config.kind).Module(config, dims)
+
+
+def load_dictionary(path: Path | str) -> Dictionary:
+    """Load a dictionary of any architecture from the directory of its run; ValueError when it is damaged."""
+    kind = read_json(Path(path) / "dictionary.json")["config"]["kind"]
+    return _module(kind).Module.load(path)

@@ -1,0 +1,150 @@
+"""Which features are active: L1, TopK, BatchTopK and JumpReLU, each with its own parameters.
+
+Shape legend: N rows, F features. Scores are pre-activations times the size n_i of what a feature writes, so that no
+feature is favoured by shrinking its encoder and growing its decoder.
+"""
+
+import math
+from typing import Annotated, Any, Literal
+
+import torch
+from jaxtyping import Bool, Float
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor
+
+from crosshead.maths.sparse import SparseCodes
+
+__all__ = ["L1", "BatchTopK", "JumpReLU", "Sparsity", "TopK", "annealed_k", "batch_topk_threshold", "select"]
+
+
+class _Sparsity(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class L1(_Sparsity):
+    """ReLU with an L1 penalty, and a second one on negative pre-activations that keeps features alive (the source)."""
+
+    kind: Literal["l1"] = "l1"
+    coefficient: Annotated[float, Field(ge=0)]
+    """lambda_s, on sum_i f_i n_i."""
+    negative_coefficient: Annotated[float, Field(ge=0)] = 0.0
+    """lambda_p, on sum_i relu(-pre_i) n_i."""
+    warmup_fraction: Annotated[float, Field(ge=0, le=1)] = 0.1
+    """The coefficient rises linearly from 0 over this share of training."""
+    start_l0: Annotated[float, Field(gt=0)] = 200.0
+    """Mean active features per position that the start aims at."""
+
+
+class TopK(_Sparsity):
+    """The k largest scores of every position (Makhzani and Frey 2013; Gao et al. 2024)."""
+
+    kind: Literal["topk"] = "topk"
+    k: Annotated[int, Field(gt=0)]
+    """Active features per position."""
+    anneal_from: Annotated[float, Field(ge=1)] = 4.0
+    """Training starts with this multiple of k."""
+    anneal_fraction: Annotated[float, Field(ge=0, le=1)] = 0.3
+    """Share of training over which the multiple falls to 1."""
+
+
+class BatchTopK(TopK):
+    """The k * rows largest scores of a batch; a fixed threshold at inference (Bussmann et al. 2024)."""
+
+    kind: Literal["batch_topk"] = "batch_topk"  # pyright: ignore[reportIncompatibleVariableOverride]
+
+
+class JumpReLU(_Sparsity):
+    """pre * [pre > theta] with a learned theta, rectangle-kernel surrogate gradient (Rajamanoharan et al. 2024)."""
+
+    kind: Literal["jumprelu"] = "jumprelu"
+    coefficient: Annotated[float, Field(ge=0)]
+    """On the number of active features, sum_i [pre_i > theta_i]."""
+    negative_coefficient: Annotated[float, Field(ge=0)] = 0.0
+    """On sum_i relu(theta_i - pre_i) n_i."""
+    bandwidth: Annotated[float, Field(gt=0)] = 0.1
+    """eps, width of the surrogate gradient's kernel, in units of a feature's root mean square when active."""
+    warmup_fraction: Annotated[float, Field(ge=0, le=1)] = 0.1
+    """The coefficient rises linearly from 0 over this share of training."""
+    start_l0: Annotated[float, Field(gt=0)] = 200.0
+    """Mean active features per position that the start aims at."""
+
+
+Sparsity = Annotated[L1 | TopK | BatchTopK | JumpReLU, Field(discriminator="kind")]
+
+
+def annealed_k(sparsity: TopK, progress: float) -> float:
+    """k now: from ``anneal_from`` times k down to k, linearly over the first ``anneal_fraction`` of training."""
+    if sparsity.anneal_fraction == 0:
+        return float(sparsity.k)
+    share = min(1.0, progress / sparsity.anneal_fraction)
+    return sparsity.k * (sparsity.anneal_from + (1.0 - sparsity.anneal_from) * share)
+
+
+def warm_coefficient(sparsity: L1 | JumpReLU, progress: float) -> float:
+    """Share of the penalty coefficients that applies now."""
+    return 1.0 if sparsity.warmup_fraction == 0 else min(1.0, progress / sparsity.warmup_fraction)
+
+
+@torch.no_grad()
+def select(
+    pre: Float[Tensor, "N F"],
+    norms: Float[Tensor, " F"],
+    mask: Bool[Tensor, " N"],
+    sparsity: Any,
+    *,
+    threshold: Float[Tensor, ""] | Float[Tensor, " F"],
+    by_threshold: bool,
+    progress: float = 1.0,
+) -> SparseCodes:
+    """The structure of the active entries (values are zero-filled; rows outside ``mask`` stay empty).
+
+    ``by_threshold`` is inference: BatchTopK keeps scores above its calibrated ``threshold``. JumpReLU always uses
+    ``threshold`` [F] on pre-activations.
+    """
+    n_rows, n_features = pre.shape
+    if isinstance(sparsity, JumpReLU):
+        active = (pre > threshold) & mask[:, None]
+    elif isinstance(sparsity, L1):
+        active = (pre > 0) & mask[:, None]
+    elif isinstance(sparsity, BatchTopK) and by_threshold:
+        active = (pre * norms > threshold) & (pre > 0) & mask[:, None]
+    else:
+        scores = (pre * norms).masked_fill_(~mask[:, None], 0.0).clamp_(min=0.0)
+        k = annealed_k(sparsity, 1.0 if by_threshold else progress)
+        if isinstance(sparsity, BatchTopK):
+            flat = _largest(scores.flatten(), round(k * int(mask.sum())))
+            rows, columns = flat // n_features, flat % n_features
+            return SparseCodes(rows, columns, pre.new_zeros(len(flat)), n_rows, n_features)
+        top = scores.topk(min(round(k), n_features), dim=-1, sorted=False)
+        active = torch.zeros_like(scores, dtype=torch.bool).scatter_(1, top.indices, top.values > 0)
+    rows, columns = torch.nonzero(active, as_tuple=True)
+    return SparseCodes(rows, columns, pre.new_zeros(len(rows)), n_rows, n_features)
+
+
+def _largest(scores: Float[Tensor, " n"], count: int) -> Tensor:
+    """Ascending indices of the ``count`` largest positive scores (fewer if fewer are positive).
+
+    A threshold guessed from every 16th score leaves few candidates, among which the choice is exact; the guess is
+    only trusted when it left enough of them.
+    """
+    count = min(count, len(scores))
+    stride = 16
+    sample = scores[::stride]
+    guess_rank = min(len(sample), math.ceil(1.25 * count / stride) + 64)
+    floor = sample.kthvalue(len(sample) - guess_rank + 1).values.clamp(min=0.0)
+    candidates = torch.nonzero(scores > floor).flatten()
+    if len(candidates) < count:
+        candidates = torch.nonzero(scores > 0).flatten()
+    if len(candidates) <= count:
+        return candidates
+    chosen = scores[candidates].topk(count, sorted=False).indices
+    return candidates[chosen].sort().values
+
+
+@torch.no_grad()
+def batch_topk_threshold(scores_per_batch: list[Float[Tensor, " n"]], count: int) -> Float[Tensor, ""]:
+    """The score that exactly ``count`` of all given scores exceed (0 if fewer are positive)."""
+    scores = torch.cat(scores_per_batch)
+    if count >= len(scores):
+        return scores.new_zeros(())
+    return scores.kthvalue(len(scores) - count).values.clamp(min=0.0)

@@ -1,0 +1,189 @@
+"""Sparse codes and the products that touch only their non-zeros.
+
+Shape legend: N rows (positions), F features, Z non-zeros, M moved copies (heads), D decoder width, X input width.
+
+The encoder product X W^T is the only dense work. Everything after it - decoding, moving features through heads,
+all gradients - reads and writes non-zeros only. The penalty on negative pre-activations, which sees every entry, has
+an exact sparse form too: sum_t relu(-pre_ti) = sum_t f_ti - sum_t pre_ti, and sum_t pre_ti = w_i . sum_t x_t + N b_i
+needs one column sum instead of a dense product.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from torch.nn import functional
+
+__all__ = ["SparseCodes", "decode", "gather_preactivations", "moved_decode", "preactivation_sums"]
+
+
+@dataclass(frozen=True)
+class SparseCodes:
+    """An [N, F] matrix by its non-zeros, sorted by row. ``values`` takes part in autograd, the structure does not."""
+
+    rows: Int[Tensor, " Z"]
+    columns: Int[Tensor, " Z"]
+    values: Float[Tensor, " Z"]
+    n_rows: int
+    n_features: int
+
+    @cached_property
+    def row_offsets(self) -> Int[Tensor, " N+1"]:
+        """Entry n is the number of non-zeros in the rows before n."""
+        return _offsets(self.rows, self.n_rows)
+
+    @cached_property
+    def by_column(self) -> tuple[Int[Tensor, " Z"], Int[Tensor, " F+1"]]:
+        """The stable order that sorts the non-zeros by feature, and each feature's offset in it."""
+        return torch.argsort(self.columns, stable=True), _offsets(self.columns, self.n_features)
+
+    def with_values(self, values: Float[Tensor, " Z"]) -> "SparseCodes":
+        """The same structure with other values."""
+        return SparseCodes(self.rows, self.columns, values, self.n_rows, self.n_features)
+
+    def detach(self) -> "SparseCodes":
+        """The same codes outside autograd."""
+        return self.with_values(self.values.detach())
+
+    def to_dense(self) -> Float[Tensor, "N F"]:
+        """The dense matrix (differentiable in the values)."""
+        dense = self.values.new_zeros(self.n_rows, self.n_features)
+        return dense.index_put((self.rows, self.columns), self.values)
+
+    @classmethod
+    def from_dense(cls, dense: Float[Tensor, "N F"], active: Bool[Tensor, "N F"] | None = None) -> "SparseCodes":
+        """The codes of a dense matrix, non-zero where ``active`` (by default where it is not zero)."""
+        rows, columns = torch.nonzero(dense != 0 if active is None else active, as_tuple=True)
+        return cls(rows, columns, dense[rows, columns], *dense.shape)
+
+    def feature_sums(self) -> Float[Tensor, " F"]:
+        """sum_t f_ti for every feature."""
+        return self.values.new_zeros(self.n_features).index_add(0, self.columns, self.values)
+
+    def fired(self) -> Bool[Tensor, " F"]:
+        """Which features have a non-zero anywhere."""
+        return torch.bincount(self.columns, minlength=self.n_features) > 0
+
+
+def _offsets(sorted_or_not: Tensor, size: int) -> Tensor:
+    counts = torch.bincount(sorted_or_not, minlength=size)
+    return functional.pad(counts.cumsum(0), (1, 0))
+
+
+def _bag(indices: Tensor, weights: Tensor, offsets: Tensor, table: Tensor) -> Tensor:
+    """Row b of the result is the sum over its bag's entries j of weights[j] * table[indices[j]]."""
+    if not len(indices):
+        return table.new_zeros(len(offsets) - 1, table.shape[1])
+    return functional.embedding_bag(
+        indices, table, offsets, mode="sum", per_sample_weights=weights.to(table.dtype), include_last_offset=True
+    )
+
+
+class _GatherPreactivations(torch.autograd.Function):
+    """values_j = x[row_j] . W[column_j] + b[column_j], read off a product that was computed without autograd."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, dense: Tensor, structure: SparseCodes) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.structure = structure
+        return dense[structure.rows, structure.columns]
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        (gradient,) = gradients
+        x, weight = ctx.saved_tensors
+        s: SparseCodes = ctx.structure
+        order, column_offsets = s.by_column
+        grad_weight = _bag(s.rows[order], gradient[order], column_offsets, x)
+        grad_bias = gradient.new_zeros(s.n_features).index_add_(0, s.columns, gradient)
+        grad_x = _bag(s.columns, gradient, s.row_offsets, weight) if ctx.needs_input_grad[0] else None
+        return grad_x, grad_weight, grad_bias, None, None
+
+
+def gather_preactivations(
+    x: Float[Tensor, "N X"],
+    weight: Float[Tensor, "F X"],
+    bias: Float[Tensor, " F"],
+    dense: Float[Tensor, "N F"],
+    structure: SparseCodes,
+) -> SparseCodes:
+    """Pre-activations at the structure's entries, differentiable in x, weight and bias.
+
+    ``dense`` is ``x @ weight.T + bias`` as already computed to choose the structure; it is not kept for backward.
+    """
+    return structure.with_values(_GatherPreactivations.apply(x, weight, bias, dense, structure))
+
+
+def preactivation_sums(
+    x: Float[Tensor, "N X"], weight: Float[Tensor, "F X"], bias: Float[Tensor, " F"], mask: Bool[Tensor, " N"]
+) -> Float[Tensor, " F"]:
+    """sum over counted rows of x . w_i + b_i for every feature, at the price of one column sum."""
+    counted = mask.to(x.dtype)
+    return weight @ (counted @ x) + counted.sum() * bias
+
+
+class _MovedDecode(torch.autograd.Function):
+    """out[m, n] = sum over non-zeros j of row n of loadings[m, column_j] * values_j * decoder[column_j]."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, loadings: Tensor, decoder: Tensor, structure: SparseCodes) -> Tensor:
+        s = structure
+        n_moved = len(loadings)
+        ctx.save_for_backward(values, loadings, decoder)
+        ctx.structure = s
+        weights_MZ = loadings[:, s.columns] * values
+        starts = torch.arange(n_moved, device=values.device) * len(s.columns)
+        offsets = torch.cat([(starts[:, None] + s.row_offsets[:-1]).flatten(), s.row_offsets[-1:] * n_moved])
+        moved = _bag(s.columns.repeat(n_moved), weights_MZ.flatten(), offsets, decoder)
+        return moved.view(n_moved, s.n_rows, -1)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        grad_MND = gradients[0].contiguous()
+        values, loadings, decoder = ctx.saved_tensors
+        s: SparseCodes = ctx.structure
+        products_MZ = _sampled_products(grad_MND, decoder, s)
+        grad_values = (products_MZ * loadings[:, s.columns]).sum(0)
+        grad_loadings = torch.zeros_like(loadings).index_add_(1, s.columns, products_MZ * values)
+
+        order, column_offsets = s.by_column
+        n_moved = len(loadings)
+        moved_rows = torch.arange(n_moved, device=values.device) * s.n_rows
+        indices = (s.rows[order][:, None] + moved_rows).flatten()
+        weights = (loadings[:, s.columns[order]] * values[order]).T.flatten()
+        grad_decoder = _bag(indices, weights, column_offsets * n_moved, grad_MND.flatten(0, 1))
+        return grad_values, grad_loadings, grad_decoder, None
+
+
+def _sampled_products(grad_MND: Tensor, decoder: Tensor, s: SparseCodes) -> Tensor:
+    """Products grad[m, row_j] . decoder[column_j] at the non-zeros only, [M, Z]."""
+    n_moved, n_nonzero = len(grad_MND), len(s.columns)
+    if not n_nonzero:
+        return grad_MND.new_zeros(n_moved, 0)
+    starts = torch.arange(n_moved, device=grad_MND.device) * n_nonzero
+    offsets = torch.cat([(starts[:, None] + s.row_offsets[:-1]).flatten(), s.row_offsets[-1:] * n_moved])
+    pattern = torch.sparse_csr_tensor(
+        offsets,
+        s.columns.repeat(n_moved),
+        grad_MND.new_zeros(n_moved * n_nonzero),
+        size=(n_moved * s.n_rows, s.n_features),
+        check_invariants=False,
+    )
+    sampled = torch.sparse.sampled_addmm(pattern, grad_MND.flatten(0, 1), decoder.T, beta=0.0)
+    return sampled.values().view(n_moved, n_nonzero)
+
+
+def moved_decode(
+    codes: SparseCodes, loadings: Float[Tensor, "M F"], decoder: Float[Tensor, "F D"]
+) -> Float[Tensor, "M N D"]:
+    """Decode M copies of the codes, copy m with every feature scaled by its loading on head m."""
+    return _MovedDecode.apply(codes.values, loadings, decoder, codes)
+
+
+def decode(codes: SparseCodes, decoder: Float[Tensor, "F D"]) -> Float[Tensor, "N D"]:
+    """Sparse times dense: every row's active decoder rows, weighted and summed."""
+    loadings = decoder.new_ones(1, codes.n_features)
+    return moved_decode(codes, loadings, decoder)[0]

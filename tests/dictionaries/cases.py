@@ -19,8 +19,13 @@ BASES = {
     "mtc-resid": {"kind": "mtc", "layers": [2], "target": "resid_out", "input": "resid"},
     "mtc-top1": {"kind": "mtc", "layers": [2], "heads_per_feature": 1},
     "mtc-top2-nonnegative": {"kind": "mtc", "layers": [2], "heads_per_feature": 2, "loadings_sign": "nonnegative"},
-    "mtc-fixed-l2": {"kind": "mtc", "layers": [2], "heads_per_feature": 1, "assignment": "fixed",
-                     "loadings_penalty": "l2"},  # fmt: skip
+    "mtc-fixed-l2": {
+        "kind": "mtc",
+        "layers": [2],
+        "heads_per_feature": 1,
+        "assignment": "fixed",
+        "loadings_penalty": "l2",
+    },
     "mtc-random-l1": {"kind": "mtc", "layers": [2], "start": "random", "loadings_penalty": "l1"},
     "value_sae-one": {"kind": "value_sae", "layers": [4]},
     "value_sae-two": {"kind": "value_sae", "layers": [2, 4]},

@@ -144,7 +144,7 @@ def test_calibrated_threshold_gives_k_on_the_calibration_data(case):
 
 
 def test_unknown_architecture_and_damaged_files_are_named(tmp_path):
-    with pytest.raises(ValueError, match="unknown architecture 'mtcc'.*choose one of"):
+    with pytest.raises(ValueError, match=r"unknown architecture 'mtcc'.*choose one of"):
         config_class("mtcc")
     module, _ = started("value_sae-one/topk")
     module.save(tmp_path / "run")

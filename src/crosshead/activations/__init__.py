@@ -1,0 +1,1 @@
+"""From a base model and a corpus to batches of named activations."""

@@ -1,0 +1,1 @@
+"""What trained dictionaries say: evaluation, frontiers, clusters, findings."""

@@ -1,0 +1,1 @@
+"""Sparse dictionaries over attention activations: one architecture, one file."""

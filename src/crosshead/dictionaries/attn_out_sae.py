@@ -81,9 +81,7 @@ class Module(Autoencoder):
             return None
         return self.decoder.detach().unflatten(1, (self.dims.n_heads, self.dims.head_dim)).norm(dim=2)
 
-    def start_(
-        self, batches: Sequence[Batch], weights: Mapping[int, LayerWeights], generator: torch.Generator
-    ) -> None:
+    def start_(self, batches: Sequence[Batch], weights: Mapping[int, LayerWeights], generator: torch.Generator) -> None:
         if self.config.per_head:
             self.W_O.copy_(weights[self.config.layers[0]].W_O)
             self.b_O.copy_(weights[self.config.layers[0]].b_O)

@@ -86,9 +86,7 @@ class Autoencoder(Dictionary):
         return [ParameterGroup("all", list(self.parameters()), 1.0)]
 
     @torch.no_grad()
-    def start_(
-        self, batches: Sequence[Batch], weights: Mapping[int, LayerWeights], generator: torch.Generator
-    ) -> None:
+    def start_(self, batches: Sequence[Batch], weights: Mapping[int, LayerWeights], generator: torch.Generator) -> None:
         per_site = zip(*(self.raw(b) for b in batches), strict=True)
         masks = [b.mask for b in batches]
         moments = [Moments(x.float()[m] for x, m in zip(site, masks, strict=True)) for site in per_site]

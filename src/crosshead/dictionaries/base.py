@@ -196,9 +196,7 @@ class Dictionary(nn.Module, ABC):
         """The head loading vector of every feature, or None where features have no fixed heads."""
 
     @abstractmethod
-    def start_(
-        self, batches: Sequence[Batch], weights: Mapping[int, LayerWeights], generator: torch.Generator
-    ) -> None:
+    def start_(self, batches: Sequence[Batch], weights: Mapping[int, LayerWeights], generator: torch.Generator) -> None:
         """Set normalisation, weights and thresholds from training batches. Random choices come from ``generator``."""
 
     @abstractmethod

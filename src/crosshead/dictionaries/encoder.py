@@ -104,7 +104,8 @@ class SparseEncoder(nn.Module):
         """Penalty terms of the loss, mean over counted rows; empty for the top-k forms.
 
         L1: ``sparsity`` = lambda_s sum_i f_i n_i, ``negative`` = lambda_p sum_i relu(-pre_i) n_i (the source).
-        JumpReLU: ``sparsity`` = lambda_s sum_i [pre_i > theta_i], ``negative`` = lambda_p sum_i relu(theta_i - pre_i) n_i.
+        JumpReLU: ``sparsity`` = lambda_s sum_i [pre_i > theta_i], ``negative`` = lambda_p sum_i
+        relu(theta_i - pre_i) n_i.
         """
         sparsity = self.sparsity
         if isinstance(sparsity, TopK):

@@ -9,8 +9,8 @@ identity), D = d_model.
     y_t      = b_d + sum_i g_i(t) d_i + sum_h A_h(t,BOS) c_h            prediction
 
 The patterns A_h are the base model's own and constant. Features are zero at the beginning-of-text token; what it
-contributes is the same in every context and learned as c_h (design choice). No [T, T, F] tensor is ever built: every head
-moves its share of the decoded features, y = sum_h A_h ((f * L_h) D) + (f * L_0) D.
+contributes is the same in every context and learned as c_h (design choice). No [T, T, F] tensor is ever built: every
+head moves its share of the decoded features, y = sum_h A_h ((f * L_h) D) + (f * L_0) D.
 
 Penalties weigh feature i by n_i = sqrt(L_i' C L_i) ||d_i||, the size of what it writes when it moves a unit activation;
 C is the Gram matrix of the head patterns over training data (design choice; ``loadings_penalty`` has the alternatives).
@@ -59,6 +59,8 @@ class Config(DictionaryConfig):
     """Every feature keeps this many of its movers (heads and identity); 1 is the Top-1 MTC."""
     assignment: Literal["learned", "fixed"] = "learned"
     """Kept movers: annealed selection with a straight-through gradient, or those drawn at the start (control)."""
+    selection_fraction: Annotated[float, Field(gt=0, le=1)] = 0.3
+    """Share of training over which the movers that are not kept fade out."""
     loadings_sign: Literal["free", "nonnegative"] = "free"
     """Constraint on head loadings."""
     loadings_penalty: Literal["gram", "l1", "l2"] = "gram"
@@ -151,7 +153,11 @@ class Module(Dictionary):
     # ---- the model ----
 
     def effective_loadings(self, progress: float = 1.0) -> Float[Tensor, "M F"]:
-        """Head loadings after keeping each feature's largest movers; gradients reach all of them (straight through)."""
+        """Head loadings after keeping each feature's largest movers.
+
+        The others fade out over the first ``selection_fraction`` of training and are zero, value and gradient, from
+        then on. While they fade the choice is open: a mover that grows past the weakest kept one takes its place.
+        """
         loadings, movers = self.loadings, len(self.loadings)
         wanted = self.config.heads_per_feature
         if wanted == "all":
@@ -160,11 +166,10 @@ class Module(Dictionary):
             kept = torch.zeros_like(loadings, dtype=torch.bool)
             kept[self.fixed_movers, torch.arange(self.config.features, device=loadings.device)] = True
             return loadings * kept
-        # Movers are given up one by one over the first 30% of training, like k.
-        now = max(wanted, round(movers - (movers - wanted) * min(1.0, progress / 0.3)))
-        weakest = loadings.detach().abs().topk(movers - now, dim=0, largest=False, sorted=False).indices
-        pruned = loadings.detach().scatter(0, weakest, 0.0)
-        return loadings + (pruned - loadings).detach()
+        weakest = loadings.detach().abs().topk(movers - wanted, dim=0, largest=False, sorted=False).indices
+        kept = torch.ones_like(loadings).scatter(0, weakest, 0.0)
+        left = max(0.0, 1.0 - progress / self.config.selection_fraction)
+        return loadings * (kept + (1 - kept) * left)
 
     def feature_norms(self, progress: float = 1.0) -> Float[Tensor, " F"]:
         loadings = self.effective_loadings(progress)
@@ -229,9 +234,14 @@ class Module(Dictionary):
         return pattern * batch.mask[:, None, :]
 
     @torch.no_grad()
+    def key_side(self, batch: Batch, features: Sequence[int]) -> Float[Tensor, "B T n"]:
+        """f_i(s) of the given features."""
+        return self.encode(batch).to_dense().view(*batch.mask.shape, -1)[..., list(features)]
+
+    @torch.no_grad()
     def query_side(self, batch: Batch, features: Sequence[int]) -> Float[Tensor, "B T n"]:
         """g_i(t) of the given features."""
-        key_side = self.encode(batch).to_dense().view(*batch.mask.shape, -1)[..., list(features)]
+        key_side = self.key_side(batch, features)
         per_feature = [self.pattern(batch, i) @ key_side[..., j, None] for j, i in enumerate(features)]
         return torch.cat(per_feature, dim=-1)
 
@@ -248,9 +258,7 @@ class Module(Dictionary):
     # ---- start and calibration ----
 
     @torch.no_grad()
-    def start_(
-        self, batches: Sequence[Batch], weights: Mapping[int, LayerWeights], generator: torch.Generator
-    ) -> None:
+    def start_(self, batches: Sequence[Batch], weights: Mapping[int, LayerWeights], generator: torch.Generator) -> None:
         resid = Site(self.layer, "resid_in")
         inputs = Moments(self._normed(b[resid].float())[b.mask] for b in batches)
         targets = Moments(b[self.target_sites[0]].float()[b.mask] for b in batches)

@@ -73,7 +73,7 @@ Sparsity = Annotated[L1 | TopK | BatchTopK | JumpReLU, Field(discriminator="kind
 
 
 def annealed_k(sparsity: TopK, progress: float) -> float:
-    """k now: from ``anneal_from`` times k down to k, linearly over the first ``anneal_fraction`` of training."""
+    """K now: from ``anneal_from`` times k down to k, linearly over the first ``anneal_fraction`` of training."""
     if sparsity.anneal_fraction == 0:
         return float(sparsity.k)
     share = min(1.0, progress / sparsity.anneal_fraction)

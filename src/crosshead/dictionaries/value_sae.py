@@ -1,7 +1,7 @@
 """Attention value SAE: a sparse autoencoder on the concatenated value vectors of one or more layers.
 
-After Jermyn et al., Progress on Attention (2025); the penalty of a feature is the sum over layers of its decoder norms, so
-that a two-layer loss compares directly with the sum of two one-layer losses (crosscoders, Lindsey et al. 2024).
+After Jermyn et al., Progress on Attention (2025); the penalty of a feature is the sum over layers of its decoder norms,
+so that a two-layer loss compares directly with the sum of two one-layer losses (crosscoders, Lindsey et al. 2024).
 
 Shape legend: B contexts, T positions, F features, K key/value heads per layer, H query heads, E head width.
 """

@@ -1,0 +1,1 @@
+"""Pure tensor functions; nothing here knows of a model, a file or a run."""

@@ -49,7 +49,7 @@ def attention_scores(
     q_BHTE: Float[Tensor, "B H T E"], k_BKTE: Float[Tensor, "B K T E"], spec: AttentionSpec
 ) -> Float[Tensor, "B H T T"]:
     """Scaled, soft-capped scores; positions outside the causal mask and the window are -inf."""
-    n_contexts, n_heads, n_positions, width = q_BHTE.shape
+    _n_contexts, n_heads, n_positions, width = q_BHTE.shape
     if (n_heads, k_BKTE.shape[1], width) != (spec.n_heads, spec.n_kv_heads, spec.head_dim):
         got = (n_heads, k_BKTE.shape[1], width)
         raise ValueError(f"q and k have (heads, kv heads, width) {got}; the attention spec says "

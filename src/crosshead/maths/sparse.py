@@ -8,14 +8,17 @@ an exact sparse form too: sum_t relu(-pre_ti) = sum_t f_ti - sum_t pre_ti, and s
 needs one column sum instead of a dense product.
 """
 
-from dataclasses import dataclass
-from functools import cached_property
+import warnings
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import functional
+
+# The sampled product is the one operation we need of a layout that torch still calls beta.
+warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta", category=UserWarning)
 
 __all__ = ["SparseCodes", "decode", "gather_preactivations", "moved_decode", "preactivation_sums"]
 
@@ -29,20 +32,26 @@ class SparseCodes:
     values: Float[Tensor, " Z"]
     n_rows: int
     n_features: int
+    _derived: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
 
-    @cached_property
+    @property
     def row_offsets(self) -> Int[Tensor, " N+1"]:
         """Entry n is the number of non-zeros in the rows before n."""
-        return _offsets(self.rows, self.n_rows)
+        if "row_offsets" not in self._derived:
+            self._derived["row_offsets"] = _offsets(self.rows, self.n_rows)
+        return self._derived["row_offsets"]
 
-    @cached_property
+    @property
     def by_column(self) -> tuple[Int[Tensor, " Z"], Int[Tensor, " F+1"]]:
         """The stable order that sorts the non-zeros by feature, and each feature's offset in it."""
-        return torch.argsort(self.columns, stable=True), _offsets(self.columns, self.n_features)
+        if "by_column" not in self._derived:
+            order = torch.argsort(self.columns.int(), stable=True)
+            self._derived["by_column"] = order, _offsets(self.columns, self.n_features)
+        return self._derived["by_column"]
 
     def with_values(self, values: Float[Tensor, " Z"]) -> "SparseCodes":
-        """The same structure with other values."""
-        return SparseCodes(self.rows, self.columns, values, self.n_rows, self.n_features)
+        """The same structure with other values; what was derived from the structure is shared."""
+        return SparseCodes(self.rows, self.columns, values, self.n_rows, self.n_features, self._derived)
 
     def detach(self) -> "SparseCodes":
         """The same codes outside autograd."""
@@ -120,7 +129,7 @@ def gather_preactivations(
 def preactivation_sums(
     x: Float[Tensor, "N X"], weight: Float[Tensor, "F X"], bias: Float[Tensor, " F"], mask: Bool[Tensor, " N"]
 ) -> Float[Tensor, " F"]:
-    """sum over counted rows of x . w_i + b_i for every feature, at the price of one column sum."""
+    """Sum over counted rows of x . w_i + b_i for every feature, at the price of one column sum."""
     counted = mask.to(x.dtype)
     return weight @ (counted @ x) + counted.sum() * bias
 

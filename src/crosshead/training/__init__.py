@@ -1,0 +1,1 @@
+"""An architecture-blind training loop with exact resume."""

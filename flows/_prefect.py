@@ -1,0 +1,56 @@
+"""The Prefect side of a stage: a flow run that reports to the server, and the clearing of runs that were killed."""
+
+import os
+import socket
+from collections.abc import Callable
+from typing import Any
+
+from flows._runtime import Stage
+
+__all__ = ["process_tags", "reap_killed_runs", "run_as_flow"]
+
+
+def process_tags() -> list[str]:
+    """Tags by which a later process can tell that this one is gone."""
+    return [f"host:{socket.gethostname()}", f"pid:{os.getpid()}"]
+
+
+def run_as_flow(body: Callable[[Stage], None], stage: Stage) -> None:
+    """Run the stage as a Prefect flow. DVC is the only cache: Prefect keeps no results."""
+    from prefect import flow, tags
+
+    def stage_flow(name: str, profile: str) -> None:
+        body(stage)
+
+    with tags(f"dvc-stage:{stage.name}", *process_tags()):
+        run: Any = flow(stage_flow, name=body.__name__, flow_run_name=f"{stage.profile} {stage.name}",
+                        description=body.__doc__, validate_parameters=False)  # fmt: skip
+        run(name=stage.name, profile=stage.profile)
+
+
+def reap_killed_runs() -> int:
+    """Mark flow runs of this host as crashed whose process no longer lives; the server still thinks they run."""
+    from prefect.client.orchestration import get_client
+    from prefect.client.schemas.filters import FlowRunFilter
+    from prefect.states import Crashed
+
+    host = f"host:{socket.gethostname()}"
+    reaped = 0
+    with get_client(sync_client=True) as client:
+        running = FlowRunFilter.model_validate({"state": {"type": {"any_": ["RUNNING"]}}, "tags": {"all_": [host]}})
+        for flow_run in client.read_flow_runs(flow_run_filter=running):
+            pids = [int(tag.removeprefix("pid:")) for tag in flow_run.tags if tag.startswith("pid:")]
+            if not any(_alive(pid) for pid in pids):
+                client.set_flow_run_state(flow_run.id, Crashed(message="its process was killed"), force=True)
+                reaped += 1
+    return reaped
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True

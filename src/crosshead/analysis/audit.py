@@ -1,0 +1,176 @@
+"""Recompute a run's normalised MSE from its files, with stock transformers and dense arithmetic only.
+
+Nothing of our capture, cache, encoder, decoder or evaluation is used: activations come from ``output_hidden_states``,
+``output_attentions`` (eager) and two plain hooks, weights from the run's safetensors file, and the formulas stand here
+a second time, dense and unoptimised. An error in the fast path therefore shows as a difference.
+
+Shape legend: B contexts, T positions, F features, H query heads, K key/value heads, E head width, D target width.
+"""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from crosshead.io.files import read_json
+
+__all__ = ["audit_runs"]
+
+_ATTENTION_NAMES = ("self_attn", "attn", "attention")
+
+
+def audit_runs(
+    run_directories: dict[str, Path], model_directory: Path, tokens: Int[Tensor, "n T"], contexts_per_batch: int = 2
+) -> dict[str, float]:
+    """Normalised MSE of every run on held-out ``tokens`` (position 0 is the beginning-of-text token).
+
+    One pass of the stock eager model serves all runs. Raises ValueError for a value SAE of a model whose value
+    projection is fused with queries and keys.
+    """
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(
+        model_directory, attn_implementation="eager", dtype=torch.float32, local_files_only=True
+    ).eval()
+    runs = {name: _Run(path) for name, path in run_directories.items()}
+    layers = sorted({layer for run in runs.values() for layer in run.layers})
+    squared = dict.fromkeys(runs, 0.0)
+    variance = dict.fromkeys(runs, 0.0)
+    for activations in _activations(model, tokens, layers, contexts_per_batch):
+        for name, run in runs.items():
+            prediction, target = run.predict(activations)
+            squared[name] += float((prediction - target)[:, 1:].double().square().sum())
+            variance[name] += float(target[:, 1:].double().square().sum())
+    return {name: squared[name] / variance[name] for name in runs}
+
+
+@torch.no_grad()
+def _activations(model: Any, tokens: Tensor, layers: Sequence[int], size: int) -> Iterator[dict[str, Tensor]]:
+    """Activations of a few contexts at a time, named ``{layer}.`` resid, resid_out, pattern, attn and v."""
+    seen: dict[str, Tensor] = {}
+    handles = []
+    for layer in layers:
+        attention = _attention_module(model, layer)
+        handles.append(attention.register_forward_hook(_record(seen, f"{layer}.attn")))
+        value_projection = getattr(attention, "v_proj", None)
+        if isinstance(value_projection, nn.Module):
+            handles.append(value_projection.register_forward_hook(_record(seen, f"{layer}.v")))
+    try:
+        for chunk in tokens.split(size):
+            seen.clear()
+            out = model(chunk, output_hidden_states=True, output_attentions=True, use_cache=False)
+            for layer in layers:
+                seen[f"{layer}.resid"] = out.hidden_states[layer]
+                seen[f"{layer}.resid_out"] = out.hidden_states[layer + 1]
+                seen[f"{layer}.pattern"] = out.attentions[layer]
+            yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _record(seen: dict[str, Tensor], key: str) -> Any:
+    def hook(_module: nn.Module, _arguments: Any, output: Any) -> None:
+        seen[key] = output[0] if isinstance(output, tuple) else output
+
+    return hook
+
+
+def _attention_module(model: nn.Module, layer: int) -> nn.Module:
+    for name, module in model.named_modules():
+        parts = name.split(".")
+        if parts[-1] in _ATTENTION_NAMES and len(parts) > 1 and parts[-2] == str(layer):
+            return module
+    raise ValueError(f"no attention module found in layer {layer}; the audit looks for {', '.join(_ATTENTION_NAMES)}")
+
+
+class _Run:
+    """One run's weights and the dense formulas of its architecture."""
+
+    def __init__(self, path: Path):
+        description = read_json(path / "dictionary.json")
+        self.config: dict[str, Any] = description["config"]
+        self.dims: dict[str, int] = description["dims"]
+        self.w: dict[str, Tensor] = load_file(path / "weights.safetensors")
+        self.layers: list[int] = self.config["layers"]
+
+    def predict(self, a: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Prediction and target [B, T, D] in the run's normalised units."""
+        if self.config["kind"] == "mtc":
+            return self._mtc(a)
+        return self._autoencoder(a)
+
+    def _codes(self, x: Float[Tensor, "B T X"], norms: Tensor) -> Float[Tensor, "B T F"]:
+        pre = x @ self.w["encoder.weight"].T + self.w["encoder.bias"]
+        sparsity = self.config["sparsity"]
+        if sparsity["kind"] == "l1":
+            codes = pre.clamp(min=0)
+        elif sparsity["kind"] == "batch_topk":
+            codes = pre * ((pre * norms > self.w["encoder.threshold"]) & (pre > 0))
+        elif sparsity["kind"] == "jumprelu":
+            codes = pre * (pre > self.w["encoder.log_threshold"].exp())
+        else:
+            codes = pre.clamp(min=0)
+            cut = (codes * norms).topk(sparsity["k"], dim=-1).values[..., -1:]
+            codes = codes * (codes * norms >= cut)
+        codes[:, 0] = 0.0
+        return codes
+
+    def _mtc(self, a: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        config, w, layer = self.config, self.w, self.layers[0]
+        x = a[f"{layer}.resid"]
+        if config["input"] == "normed":
+            x = x / x.square().mean(-1, keepdim=True).sqrt()
+        x = (x - w["input_mean"]) * w["input_scale"]
+        loadings = self._kept_loadings()
+        if config["loadings_penalty"] == "gram":
+            size = torch.einsum("hf,hg,gf->f", loadings, w["pattern_gram"], loadings).clamp(min=1e-12).sqrt()
+        elif config["loadings_penalty"] == "l1":
+            size = loadings.abs().sum(0)
+        else:
+            size = loadings.norm(dim=0)
+        codes = self._codes(x, size * w["decoder"].norm(dim=1))
+        pattern = a[f"{layer}.pattern"]
+        y = (codes * loadings[0]) @ w["decoder"] + w["decoder_bias"]
+        for h in range(pattern.shape[1]):
+            y = y + pattern[:, h] @ ((codes * loadings[h + 1]) @ w["decoder"]) + pattern[:, h, :, :1] * w["bos"][h]
+        raw = a[f"{layer}.attn"] if config["target"] == "attn_out" else a[f"{layer}.resid_out"]
+        return y, (raw - w["target_mean"]) * w["target_scale"]
+
+    def _kept_loadings(self) -> Tensor:
+        loadings, kept = self.w["loadings"], self.config["heads_per_feature"]
+        if kept == "all":
+            return loadings
+        if self.config["assignment"] == "fixed":
+            return loadings * nn.functional.one_hot(self.w["fixed_movers"], len(loadings)).T
+        order = loadings.abs().argsort(dim=0, descending=True).argsort(dim=0)
+        return loadings * (order < kept)
+
+    def _autoencoder(self, a: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        w, raw = self.w, self._raw(a)
+        widths = torch.tensor([r.shape[-1] for r in raw])
+        x = (torch.cat(raw, dim=-1) - w["means"]) * w["scales"].repeat_interleave(widths)
+        blocks = w["decoder"].split(widths.tolist(), dim=1)
+        if self.config.get("norm", "sum_of_layers") == "whole":
+            norms = w["decoder"].norm(dim=1)
+        else:
+            norms = torch.stack([block.norm(dim=1) for block in blocks]).sum(0)
+        return self._codes(x, norms) @ w["decoder"] + w["decoder_bias"], x
+
+    def _raw(self, a: dict[str, Tensor]) -> list[Tensor]:
+        if self.config["kind"] == "attn_out_sae" and not self.config["per_head"]:
+            return [a[f"{self.layers[0]}.attn"]]
+        missing = [layer for layer in self.layers if f"{layer}.v" not in a]
+        if missing:
+            raise ValueError(f"layer {missing[0]} has no v_proj (fused projections); audit another architecture")
+        values = [a[f"{layer}.v"] for layer in self.layers]
+        if self.config["kind"] == "value_sae":
+            return values
+        pattern = a[f"{self.layers[0]}.pattern"]
+        heads = values[0].unflatten(-1, (self.dims["n_kv_heads"], -1)).transpose(1, 2)
+        heads = heads.repeat_interleave(self.dims["n_heads"] // self.dims["n_kv_heads"], dim=1)
+        return [(pattern @ heads).transpose(1, 2).flatten(2)]

@@ -1,0 +1,83 @@
+"""A training run as the parameter file describes it: one entry under ``runs:`` over the defaults of its architecture."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from crosshead.dictionaries.base import DictionaryConfig
+from crosshead.dictionaries.registry import KINDS, config_class
+from crosshead.io.settings import nearest, parse_section
+from crosshead.training.fit import TrainingConfig
+
+__all__ = ["Run", "read_run"]
+
+LAYER_NAMES = ("first", "second", "adjacent")
+_SOME_LAYERS = {"first": 0, "adjacent": 1, "second": 6}
+
+
+class _Entry(BaseModel):
+    """The keys of a run that do not belong to its architecture."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    kind: str
+    """Architecture: the name of its file in crosshead/dictionaries."""
+    series: str
+    """The frontier this run is a point of."""
+    family: str
+    """The family of findings it belongs to."""
+    seed: Annotated[int, Field(ge=0)] = 0
+    """Fixes start, data order and every other random choice."""
+    control: Literal["none", "other_contexts"] = "none"
+    """``other_contexts``: the later layers' rows come from other contexts at random positions."""
+    training: dict[str, Any] = Field(default_factory=dict)
+    """Overrides of the ``training`` section."""
+
+
+class Run(_Entry):
+    """A validated run."""
+
+    name: str
+    """Its key under ``runs:``."""
+    schedule: TrainingConfig
+    """The ``training`` section with this run's overrides."""
+    dictionary: dict[str, Any]
+    """The architecture's parameters; ``layers`` may name the survey's layers."""
+
+    def dictionary_config(self, layers: Mapping[str, int]) -> DictionaryConfig:
+        """The architecture's config with layer names replaced by the survey's choice."""
+        return _dictionary_config(self.kind, self.dictionary, layers, f"runs.{self.name}", "parameters")
+
+
+def read_run(
+    name: str, entry: Any, defaults: Mapping[str, Any], training: Mapping[str, Any], source: Path | str
+) -> Run:
+    """Validate ``runs.<name>`` over ``dictionaries.<kind>`` and ``training``. ValueError names the key at fault."""
+    key = f"runs.{name}"
+    if not isinstance(entry, dict):
+        raise ValueError(
+            f"{source}: {key} = {entry!r} is not a mapping; give it kind, series, family, layers, sparsity"
+        )
+    kind = entry.get("kind")
+    if kind not in KINDS:
+        raise ValueError(f"{source}: {key}.kind = {kind!r} is not an architecture; {nearest(str(kind), KINDS)}")
+    own = {field: value for field, value in entry.items() if field in _Entry.model_fields}
+    dictionary = {**defaults, **{field: value for field, value in entry.items() if field not in own}, "kind": kind}
+    _dictionary_config(kind, dictionary, _SOME_LAYERS, key, source)
+    general = parse_section(_Entry, own, key, source)
+    schedule = parse_section(TrainingConfig, {**training, **general.training}, f"{key}.training", source)
+    return Run(**dict(general), name=name, schedule=schedule, dictionary=dictionary)
+
+
+def _dictionary_config(
+    kind: str, dictionary: Mapping[str, Any], layers: Mapping[str, int], key: str, source: Path | str
+) -> DictionaryConfig:
+    chosen = dictionary.get("layers", ())
+    for layer in chosen if isinstance(chosen, list | tuple) else ():
+        if isinstance(layer, str) and layer not in layers:
+            raise ValueError(f"{source}: {key}.layers names {layer!r}; write a number or {nearest(layer, LAYER_NAMES)}")
+    if isinstance(chosen, list | tuple):
+        chosen = [layers.get(layer, layer) if isinstance(layer, str) else layer for layer in chosen]
+    return parse_section(config_class(kind), {**dictionary, "layers": chosen}, key, source)

@@ -56,6 +56,7 @@ class _Call(NamedTuple):
 
     q: Tensor
     k: Tensor
+    v: Tensor
     keywords: dict[str, Any]
     pattern: Tensor | None
 
@@ -124,7 +125,7 @@ def _watch(model: LanguageModel) -> tuple[dict[nn.Module, _Call], dict[nn.Module
         proceed: Callable[[Tensor, Tensor, Tensor], AttentionResult],
     ) -> AttentionResult:
         heads_BTHE, pattern = proceed(q_BHTE, k_BKTE, v_BKTE)
-        calls[module] = _Call(q_BHTE, k_BKTE, keywords, pattern)
+        calls[module] = _Call(q_BHTE, k_BKTE, v_BKTE, keywords, pattern)
         latest[:] = [(module, heads_BTHE.flatten(-2))]
         return heads_BTHE, pattern
 
@@ -163,6 +164,9 @@ def _attention_spec(model: LanguageModel, layer: int, attention: nn.Module, call
         raise ValueError(f"layer {layer} attends with (heads, kv heads, width) {got}, the model's config says "
                          f"{(dims.n_heads, dims.n_kv_heads, dims.head_dim)}; choose a model whose layers are alike "
                          "and whose config is true")  # fmt: skip
+    if call.v.shape != call.k.shape:
+        raise ValueError(f"layer {layer}: keys have (heads, width) {got[1:]}, values {(call.v.shape[1], call.v.shape[-1])}; "
+                         "choose a model whose keys and values are alike")  # fmt: skip
     config = getattr(attention, "config", model.model.config)
     layer_types = getattr(config, "layer_types", None)
     layer_type = layer_types[layer] if layer_types else None

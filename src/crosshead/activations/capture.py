@@ -15,23 +15,16 @@ from transformers.pytorch_utils import Conv1D
 from crosshead.activations.anatomy import anatomy, probe_tokens
 from crosshead.activations.base_model import LanguageModel
 from crosshead.activations.rotation import run_on_constant_inputs, unify_table
+from crosshead.activations.sites import recompute_patterns, site_shape, stored_sites
 from crosshead.activations.taps import check_site, check_tokens, tapped
 from crosshead.dictionaries.base import LayerWeights, Site
-from crosshead.maths.patterns import AttentionSpec, attention_patterns, expand_kv
+from crosshead.maths.patterns import AttentionSpec, expand_kv
 
-__all__ = ["attention_specs", "capture", "layer_weights", "rotary_tables", "stored_sites"]
+__all__ = ["attention_specs", "capture", "layer_weights", "rotary_tables"]
 
 
 class _AllSeen(Exception):  # noqa: N818 - a signal, not an error
     """Ends a forward pass at the last activation that was asked for."""
-
-
-def stored_sites(sites: Iterable[Site]) -> tuple[Site, ...]:
-    """The sites with every pattern replaced by the q and k it is recomputed from; sorted, without repetition."""
-    stored: set[Site] = set()
-    for site in sites:
-        stored |= {Site(site.layer, "q"), Site(site.layer, "k")} if site.name == "pattern" else {site}
-    return tuple(sorted(stored))
 
 
 @torch.no_grad()
@@ -57,15 +50,10 @@ def capture(model: LanguageModel, tokens: Int[Tensor, "B T"], sites: Sequence[Si
     if wanted:
         with tapped(model, wanted, keep), suppress(_AllSeen):
             model.model(tokens.to(model.device), use_cache=False)
-    by_position = {site: tensor if tensor.ndim > 2 else tensor.view(*tokens.shape, -1)
-                   for site, tensor in found.items()}  # fmt: skip
-    return {site: _pattern(model, by_position, site.layer) if site.name == "pattern" else by_position[site]
-            for site in sites}  # fmt: skip
-
-
-def _pattern(model: LanguageModel, found: dict[Site, Tensor], layer: int) -> Float[Tensor, "B H T T"]:
-    q_BHTE, k_BKTE = found[Site(layer, "q")].float(), found[Site(layer, "k")].float()
-    return attention_patterns(q_BHTE, k_BKTE, anatomy(model).layers[layer].spec)
+    # Some families hand their MLP one long list of positions.
+    shaped = {site: tensor.view(tokens.shape[0], *site_shape(site, model.dims, tokens.shape[1]))
+              for site, tensor in found.items()}  # fmt: skip
+    return recompute_patterns(shaped, sites, attention_specs(model, {site.layer for site in sites}))
 
 
 def attention_specs(model: LanguageModel, layers: Iterable[int]) -> dict[int, AttentionSpec]:

@@ -140,6 +140,12 @@ class Corpus:
         """The document that every context was cut from."""
         return self._rows(split).column("document").to_pylist()
 
+    def check_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        """ValueError when the corpus was cut with another tokenizer."""
+        if (got := fingerprint(tokenizer.get_vocab())) != self.manifest["vocabulary"]:
+            raise ValueError(f"the corpus was made with another tokenizer (vocabulary {self.manifest['vocabulary']}, "
+                             f"the model's is {got}); run the corpus stage again")  # fmt: skip
+
     def _rows(self, split: Split) -> pa.Table:
         if split not in SPLITS:
             raise ValueError(f"unknown split {split!r}; the corpus has {' and '.join(SPLITS)}")

@@ -12,11 +12,11 @@ Each score is the attention a head gives to one kind of earlier position, averag
 They are measured on random tokens repeated once, where nothing but repetition can be attended to, and on text.
 """
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -24,15 +24,18 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveInt
 from torch import Tensor
 
 from crosshead.activations.base_model import LanguageModel
-from crosshead.activations.capture import capture
+from crosshead.activations.capture import attention_specs, capture
 from crosshead.activations.corpus import Corpus
 from crosshead.dictionaries.base import Site
 from crosshead.io.files import atomic_directory, read_json, write_json
+from crosshead.maths.patterns import attention_patterns
 
-__all__ = ["SCORES", "LayerChoice", "Survey", "SurveyConfig", "choose_layers", "head_scores", "load_layers", "survey"]
+__all__ = ["SCORES", "LayerChoice", "Survey", "SurveyConfig", "choose_layers", "head_scores", "load_layers",
+           "repeated_random_tokens", "survey"]  # fmt: skip
 
 SCORES = ("induction", "previous_token", "duplicate_token", "first_token")
 LayerRole = Literal["first", "second", "adjacent"]
+CONTEXTS_AT_A_TIME = 2
 
 
 class LayerChoice(BaseModel):
@@ -73,7 +76,7 @@ class Survey:
 
     heads: list[dict[str, float]]
     """One record per head: layer, head, each of SCORES on random tokens, and text_<score> on text."""
-    layers: dict[LayerRole, int]
+    layers: LayerChoice
     """The chosen layers."""
     layer_scores: list[float]
     """Induction score of every layer; see ``choose_layers``."""
@@ -84,7 +87,7 @@ class Survey:
         """Write survey.json (the heads), layers.json (the choice) and summary.json (the rest)."""
         with atomic_directory(directory) as target:
             write_json(target / "survey.json", self.heads)
-            write_json(target / "layers.json", self.layers)
+            write_json(target / "layers.json", self.layers.model_dump())
             write_json(target / "summary.json", {"layer_scores": self.layer_scores,
                        "n_random_tokens": self.n_random_tokens, "n_text_tokens": self.n_text_tokens})  # fmt: skip
 
@@ -92,7 +95,7 @@ class Survey:
     def load(cls, directory: Path | str) -> "Survey":
         """Read what ``save`` wrote."""
         directory = Path(directory)
-        return cls(read_json(directory / "survey.json"), load_layers(directory),
+        return cls(read_json(directory / "survey.json"), LayerChoice(**load_layers(directory)),
                    **read_json(directory / "summary.json"))  # fmt: skip
 
 
@@ -104,28 +107,112 @@ def load_layers(directory: Path | str) -> dict[LayerRole, int]:
 def survey(model: LanguageModel, corpus: Corpus, config: SurveyConfig) -> Survey:
     """Score every head on repeated random tokens and on text, and choose layers.
 
-    ValueError for contexts longer than the model allows, more text contexts than the corpus holds, layers out of
-    range, or a model with too few layers for ``min_gap``.
+    ValueError for contexts longer than the model allows, more text contexts than the corpus holds, a corpus of another
+    tokenizer, layers out of range, or a model with too few layers for ``min_gap``.
     """
     n_layers, n_heads = model.dims.n_layers, model.dims.n_heads
+    _check_layers(config, n_layers)
+    corpus.check_tokenizer(model.tokenizer)
     if corpus.n_contexts("train") < config.text_contexts:
         raise ValueError(f"survey.text_contexts={config.text_contexts} exceeds the corpus's "
                          f"{corpus.n_contexts('train')} training contexts; lower it")  # fmt: skip
-    if config.layers == "auto":
-        _refuse_small_gap(n_layers, config.min_gap)
-    else:
-        _refuse_absent_layers(config.layers, n_layers)
     random_tokens = repeated_random_tokens(model, config.sequences, config.length, config.seed)
-    on_random = head_scores(model, random_tokens)
-    text = corpus.tokens("train", slice(config.text_contexts))
-    on_text = head_scores(model, text)
+    text_tokens = corpus.tokens("train", slice(config.text_contexts))
+    scores = head_scores(model, random_tokens)
+    scores |= {f"text_{name}": score for name, score in head_scores(model, text_tokens).items()}
     heads = [
-        {"layer": layer, "head": head}
-        | {name: round(on_random[name][layer, head].item(), 6) for name in SCORES}
-        | {f"text_{name}": round(on_text[name][layer, head].item(), 6) for name in SCORES}
+        {"layer": layer, "head": head} | {name: round(score[layer, head].item(), 6) for name, score in scores.items()}
         for layer in range(n_layers)
         for head in range(n_heads)
     ]
-    layer_scores = [max(row["induction"] for row in heads if row["layer"] == layer) for layer in range(n_layers)]
-    layers = choose_layers(layer_scores, config.min_gap) if config.layers == "auto" else config.layers.model_dump()
-    return Survey(heads, layers, layer_scores, random_tokens.numel(), text.numel())
+    layer_scores = [round(score, 6) for score in scores["induction"].sum(1).tolist()]
+    if isinstance(config.layers, LayerChoice):
+        layers = config.layers
+    else:
+        layers = choose_layers(layer_scores, config.min_gap)
+    return Survey(heads, layers, layer_scores, random_tokens.numel(), text_tokens.numel())
+
+
+def _check_layers(config: SurveyConfig, n_layers: int) -> None:
+    if isinstance(config.layers, LayerChoice):
+        for role, layer in config.layers:
+            if layer >= n_layers:
+                raise ValueError(f"survey.layers.{role}={layer} is out of range; the model has layers "
+                                 f"0 to {n_layers - 1}")  # fmt: skip
+    elif n_layers <= config.min_gap:
+        raise ValueError(f"survey.min_gap={config.min_gap} leaves no pair among the model's {n_layers} layers; lower "
+                         "it, or name the layers in survey.layers")  # fmt: skip
+
+
+def choose_layers(layer_scores: Sequence[float], min_gap: int) -> LayerChoice:
+    """Choose the layers with the clearest induction heads (design choice).
+
+    A layer's score is the sum of its heads' induction scores on repeated random tokens. ``first`` and ``second`` are
+    the pair at least ``min_gap`` layers apart whose scores have the largest sum; ``adjacent`` is the neighbour of
+    ``first`` with the higher score. Ties go to the lower layer.
+    """
+    n_layers = len(layer_scores)
+    assert 0 < min_gap < n_layers, "the caller checks that a pair exists"
+    pairs = [(a, b) for a, b in combinations(range(n_layers), 2) if b - a >= min_gap]
+    first, second = max(pairs, key=lambda pair: layer_scores[pair[0]] + layer_scores[pair[1]])
+    neighbours = [layer for layer in (first - 1, first + 1) if 0 <= layer < n_layers]
+    return LayerChoice(first=first, second=second, adjacent=max(neighbours, key=lambda layer: layer_scores[layer]))
+
+
+def repeated_random_tokens(model: LanguageModel, sequences: int, length: int, seed: int) -> Int[Tensor, "n T"]:
+    """Contexts [BOS, r_1..r_length, r_1..r_length] of distinct random tokens, none of them special.
+
+    ValueError when the context is longer than the model allows, or ``length`` exceeds the vocabulary.
+    """
+    if model.context_limit is not None and 1 + 2 * length > model.context_limit:
+        raise ValueError(f"survey.length={length} makes contexts of {1 + 2 * length} tokens, the model allows "
+                         f"{model.context_limit}; lower it to {(model.context_limit - 1) // 2} at most")  # fmt: skip
+    special = {*model.tokenizer.all_special_ids, *model.tokenizer.added_tokens_decoder, model.bos_id}
+    ordinary = torch.tensor([token for token in range(len(model.tokenizer)) if token not in special])
+    if length > len(ordinary):
+        raise ValueError(f"survey.length={length} exceeds the {len(ordinary)} ordinary tokens; lower it")
+    generator = torch.Generator().manual_seed(seed)
+    halves = torch.stack([ordinary[torch.randperm(len(ordinary), generator=generator)[:length]]
+                          for _ in range(sequences)])  # fmt: skip
+    return torch.cat([torch.full((sequences, 1), model.bos_id), halves, halves], dim=1)
+
+
+@torch.no_grad()
+def head_scores(model: LanguageModel, tokens: Int[Tensor, "n T"]) -> dict[str, Float[Tensor, "layers heads"]]:
+    """Mean attention on each kind of position (SCORES; definitions in the module's docstring), float64, on the CPU.
+
+    A score is 0 where no query has such a position (no token occurs twice).
+    """
+    layers = range(model.dims.n_layers)
+    sites = [Site(layer, name) for layer in layers for name in ("q", "k")]
+    specs = attention_specs(model, layers)
+    mass = torch.zeros(len(SCORES), model.dims.n_layers, model.dims.n_heads, dtype=torch.float64)
+    n_queries = torch.zeros(len(SCORES), 1, 1, dtype=torch.float64)
+    for group in tokens.split(CONTEXTS_AT_A_TIME):
+        kinds = position_kinds(group)
+        kinds_BSTT = torch.stack([kinds[name] for name in SCORES], dim=1)
+        n_queries += kinds_BSTT.any(-1).sum((0, 2)).view(-1, 1, 1)
+        keys_BXS = kinds_BSTT.flatten(2).transpose(1, 2).to(model.device, torch.float32)
+        found = capture(model, group, sites)
+        # One layer's patterns at a time: those of all layers would not fit for long contexts.
+        for layer in layers:
+            q_BHTE, k_BKTE = found[Site(layer, "q")].float(), found[Site(layer, "k")].float()
+            pattern_BHX = attention_patterns(q_BHTE, k_BKTE, specs[layer]).flatten(2)
+            mass[:, layer] += (pattern_BHX @ keys_BXS).sum(0).T.double().cpu()
+    return dict(zip(SCORES, mass / n_queries.clamp_min(1), strict=True))
+
+
+def position_kinds(tokens: Int[Tensor, "B T"]) -> dict[str, Bool[Tensor, "B T T"]]:
+    """For every score, which keys s (last axis) of which queries t count; see the module's docstring."""
+    position = torch.arange(tokens.shape[1])
+    t, s = position[:, None], position[None, :]
+    same = tokens[:, :, None] == tokens[:, None, :]
+    same = same & (t > 0) & (s > 0)
+    after_same = torch.zeros_like(same)
+    after_same[:, :, 1:] = same[:, :, :-1]
+    return {
+        "induction": after_same & (s < t),
+        "previous_token": ((s == t - 1) & (t > 1)).expand_as(same),
+        "duplicate_token": same & (s < t),
+        "first_token": ((s == 0) & (t > 0)).expand_as(same),
+    }

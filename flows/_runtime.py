@@ -98,25 +98,42 @@ class Stage:
     @contextmanager
     def work(self, identity: str) -> Iterator[Path]:
         """A directory for resumable state, held by one process at a time and removed once the stage has finished."""
-        directory = repository_root() / "work" / identity
-        directory.mkdir(parents=True, exist_ok=True)
-        with lock(directory.with_suffix(".lock"), f"{self.name}: another process works on the same state"):
-            directory.mkdir(exist_ok=True)
+        with _held_directory(repository_root() / "work" / identity, self.name) as directory:
             yield directory
             shutil.rmtree(directory)
 
 
 @contextmanager
+def _held_directory(path: Path, name: str) -> Iterator[Path]:
+    """A directory that no other process holds. Its former holder may have removed it while we waited: then again."""
+    while True:
+        path.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            _flock(descriptor, f"{name}: another process works on the same state ({path}); waiting for it to end")
+            if path.exists() and os.path.samestat(path.stat(), os.fstat(descriptor)):
+                yield path
+                return
+        finally:
+            os.close(descriptor)
+
+
+@contextmanager
 def lock(path: Path, waiting: str) -> Iterator[None]:
-    """Hold an exclusive lock; it ends with the process, however that ends. Says ``waiting`` if it has to wait."""
+    """Hold an exclusive lock on a file. Says ``waiting`` if another process has it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w") as handle:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            print(f"{waiting}; waiting for it to end ({path})", file=sys.stderr, flush=True)
-            fcntl.flock(handle, fcntl.LOCK_EX)
+        _flock(handle.fileno(), waiting)
         yield
+
+
+def _flock(descriptor: int, waiting: str) -> None:
+    """Lock an open file; the lock ends with the process, however that ends."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        print(waiting, file=sys.stderr, flush=True)
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
 
 
 def main(body: Callable[[Stage], None], *, arguments: list[str] | None = None) -> None:

@@ -41,7 +41,10 @@ def open_client() -> Any:
 def git_revision() -> str:
     """The commit that is checked out, with ``-dirty`` if files differ from it; ``unknown`` outside git."""
     result = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--abbrev=40", "--match="], capture_output=True, text=True, check=False
+        ["git", "describe", "--always", "--dirty", "--abbrev=40", "--match="],
+        capture_output=True,
+        text=True,
+        check=False,
     )
     return result.stdout.strip() or "unknown"
 

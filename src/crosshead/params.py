@@ -84,7 +84,9 @@ _SECTIONS = ("profile", *_CONFIGS, "dictionaries", "runs")
 def load_params(path: Path | str) -> Params:
     """Read and validate a parameter file. ValueError with one line for every fault."""
     sections = read_sections(path)
-    faults = [f"{path}: {name} is not a section; {nearest(name, _SECTIONS)}" for name in sections if name not in _SECTIONS]
+    faults = [
+        f"{path}: {name} is not a section; {nearest(name, _SECTIONS)}" for name in sections if name not in _SECTIONS
+    ]
     faults += [f"{path}: {name} is missing; add it" for name in _SECTIONS if name not in sections]
     found: dict[str, Any] = {}
     for name, config in _CONFIGS.items():

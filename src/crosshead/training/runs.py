@@ -1,4 +1,4 @@
-"""A training run as the parameter file describes it: one entry under ``runs:`` over the defaults of its architecture."""
+"""A training run as the parameter file describes it: an entry under ``runs:`` over its architecture's defaults."""
 
 from collections.abc import Mapping
 from pathlib import Path

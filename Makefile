@@ -1,0 +1,63 @@
+# `make findings` and `make test` do the whole job from a bare machine with Python 3.11 or later.
+.DEFAULT_GOAL := help
+.PHONY: help findings test check flow ui publish sync interrupt clean
+
+PROFILE ?= laptop
+PYTHON ?= $(firstword $(foreach name,python3.11 python3.12 python3.13 python3,$(shell command -v $(name))))
+WORKERS ?= 1
+PYTEST_ARGS ?=
+
+VENV := .venv
+STAMP := $(VENV)/.installed
+HOME_OF := $(if $(filter laptop,$(PROFILE)),.,flows/profiles/$(PROFILE))
+PIPELINE := $(patsubst ./%,%,$(HOME_OF)/dvc.yaml)
+PARAMS := $(patsubst ./%,%,$(HOME_OF)/params.yaml)
+
+export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
+export DO_NOT_TRACK := 1
+export HF_HUB_DISABLE_TELEMETRY := 1
+export TOKENIZERS_PARALLELISM := false
+
+help: ## show this text
+	@echo "make findings [PROFILE=laptop|smoke|evidence|gpu]   from nothing to reports/findings.html"
+	@echo "make test                                           the test suite, end-to-end run included"
+	@echo
+	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F '\t' '{printf "  make %-10s %s\n", $$1, $$2}'
+
+$(STAMP): pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { echo "no Python found; install Python 3.11 or later, or give make PYTHON=/path/to/python"; exit 1; }
+	@echo "installing into $(VENV) (some minutes the first time)"
+	@test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
+	@$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-input -c constraints.txt -e '.[pipeline,dev]' \
+	  > $(VENV)/pip.log 2>&1 || { grep -v '^WARNING' $(VENV)/pip.log | tail -20; exit 1; }
+	@touch $@
+
+findings: $(STAMP) ## model, corpus, activations, trainings, evaluation, report (PROFILE=...)
+	@test -f $(PIPELINE) || { echo "PROFILE=$(PROFILE) is unknown; choose laptop, smoke, evidence or gpu"; exit 2; }
+	@python -m crosshead.params $(PARAMS)
+	@dvc repro $(PIPELINE)
+
+test: $(STAMP) ## all tests
+	@python -m pytest $(PYTEST_ARGS)
+
+check: $(STAMP) ## formatting, lint, types, import contracts
+	@ruff format --check . && ruff check . && basedpyright --level error && lint-imports
+
+flow: $(STAMP) ## the whole profile as one Prefect flow (PROFILE=..., WORKERS=2 trainings at once)
+	@python -m crosshead.params $(PARAMS)
+	@python -m flows.findings --pipeline $(PIPELINE) --workers $(WORKERS)
+
+ui: $(STAMP) ## Prefect and MLflow on 127.0.0.1
+	@python -m flows.servers
+
+publish: $(STAMP) ## refill MLflow from the reports (PROFILE=...)
+	@python -m flows.publish --params $(PARAMS)
+
+sync: $(STAMP) ## rewrite code dependencies in dvc.yaml and its copies in the profiles
+	@python -m flows.sync
+
+interrupt: $(STAMP) ## kill `make findings` three times and compare with an undisturbed run (PROFILE=smoke)
+	@python -m tests.flows.interrupt --profile $(PROFILE)
+
+clean: ## remove what is not an output: unfinished work, viewers' stores
+	@rm -rf work dvc_plots mlartifacts .prefect mlflow.db mlflow.db-journal

@@ -152,7 +152,7 @@ def main(body: Callable[[Stage], None], *, arguments: list[str] | None = None) -
             run_as_flow(body, stage)
         else:
             body(stage)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, FloatingPointError) as error:
         print(f"{name}: {error}", file=sys.stderr)
         raise SystemExit(2) from None
     except KeyboardInterrupt:

@@ -8,19 +8,26 @@ import math
 import os
 import subprocess
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from crosshead.io.files import fingerprint as fingerprint_of
 from flows._runtime import lock, repository_root
 
+# Before mlflow is imported: it phones home otherwise.
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("DO_NOT_TRACK", "true")
 
-__all__ = ["TrackedRun", "database_uri", "find_runs", "git_revision", "open_client"]
+from mlflow import MlflowClient  # noqa: E402
+from mlflow.entities import Metric, Param, RunTag  # noqa: E402
+
+__all__ = ["TrackedRun", "database_uri", "experiment_name", "final_metrics", "find_runs", "open_client", "run_tags"]
 
 _BATCH = 1000
-STEP_MARK = "loss"
+_FLUSH_SECONDS = 5.0
+_STEP_MARK = "step"
+_FINAL = ("l0", "normalised_mse", "ce_recovered", "ce_recovered_zero", "dead_fraction")
 
 
 def database_uri() -> str:
@@ -30,22 +37,40 @@ def database_uri() -> str:
 
 def open_client() -> Any:
     """An MLflow client. Creating the database is done by one process at a time: two at once break it for good."""
-    from mlflow import MlflowClient
-
     with lock(repository_root() / "work" / "mlflow.lock", "mlflow: another process creates the database"):
         client = MlflowClient(tracking_uri=database_uri())
         client.search_experiments(max_results=1)
     return client
 
 
-def git_revision() -> str:
+def experiment_name(profile: str, family: str) -> str:
+    """One experiment per family of findings; other profiles than the default keep to themselves."""
+    return family if profile == "laptop" else f"{profile}-{family}"
+
+
+def run_tags(stage: str, profile: str, series: str, seed: int, kind: str, layers: Sequence[int]) -> dict[str, str]:
+    """The tags by which runs are found; ``frontier`` is the series a run is a point of."""
+    return {
+        "git.rev": _git_revision(),
+        "dvc.stage": stage,
+        "dvc.exp": os.environ.get("DVC_EXP_NAME", ""),
+        "profile": profile,
+        "frontier": series,
+        "architecture": kind,
+        "layers": "+".join(map(str, layers)),
+        "seed": str(seed),
+    }
+
+
+def final_metrics(record: Mapping[str, Any]) -> dict[str, float]:
+    """What a run is compared by."""
+    return {name: record[name] for name in _FINAL if record[name] is not None}
+
+
+def _git_revision() -> str:
     """The commit that is checked out, with ``-dirty`` if files differ from it; ``unknown`` outside git."""
-    result = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--abbrev=40", "--match="],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--match="]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
     return result.stdout.strip() or "unknown"
 
 
@@ -65,56 +90,67 @@ class TrackedRun:
         self, experiment: str, name: str, fingerprint: str, *, parameters: Mapping[str, Any], tags: Mapping[str, str]
     ):
         self._client = open_client()
+        self._pending: list[Mapping[str, float]] = []
+        self._flushed = time.monotonic()
         earlier = find_runs(self._client, experiment, fingerprint=fingerprint)
         if earlier:
             self.run_id: str = earlier[0].info.run_id
             self._client.update_run(self.run_id, status="RUNNING")
-            marks = self._client.get_metric_history(self.run_id, STEP_MARK)
+            marks = self._client.get_metric_history(self.run_id, _STEP_MARK)
             self._logged_to = max((metric.step for metric in marks), default=-1)
             return
         self._logged_to = -1
-        identity = _experiment_id(self._client, experiment)
-        self.run_id = self._client.create_run(
-            identity, run_name=name, tags={**tags, "fingerprint": fingerprint}
-        ).info.run_id
-        self._log_parameters(parameters)
-
-    def _log_parameters(self, parameters: Mapping[str, Any]) -> None:
-        from mlflow.entities import Param
-
+        created = self._client.create_run(
+            _experiment_id(self._client, experiment), run_name=name, tags={**tags, "fingerprint": fingerprint}
+        )
+        self.run_id = created.info.run_id
         flat = [Param(key, str(value)) for key, value in flatten(parameters).items()]
         self._client.log_batch(self.run_id, params=flat)
 
-    def log(self, history: list[tuple[int, Mapping[str, float]]]) -> None:
-        """Log metrics by step; steps that the run already has are passed over."""
-        from mlflow.entities import Metric
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Note the metrics of a step; they are written every few seconds, and completed by ``finish``."""
+        self._pending.append({**metrics, "step": step})
+        if time.monotonic() - self._flushed > _FLUSH_SECONDS:
+            self._flush()
 
-        now = int(time.time() * 1000)
-        new = [(step, metrics) for step, metrics in history if step > self._logged_to]
+    def finish(self, history: Sequence[Mapping[str, float]], metrics: Mapping[str, float], artifacts: Path) -> None:
+        """Log what is missing of the history, the final metrics, the trained dictionary; mark the run as finished.
+
+        Training's own values are called ``train_<name>``, so that ``l0`` and ``normalised_mse`` are the final ones.
+        """
+        self._pending = list(history)
+        self._flush()
+        now, last = _now(), max((int(entry["step"]) for entry in history), default=0)
+        rows = [Metric(key, float(value), now, last) for key, value in metrics.items() if math.isfinite(value)]
+        self._client.log_batch(self.run_id, metrics=rows, tags=[RunTag("record", fingerprint_of(dict(metrics)))])
+        if artifacts.exists():
+            self._client.log_artifacts(self.run_id, str(artifacts), "checkpoint")
+        self._client.set_terminated(self.run_id, "FINISHED")
+
+    def fail(self, status: str) -> None:
+        """Mark the run as FAILED or KILLED; a later attempt with the same fingerprint goes on with it."""
+        self._flush()
+        self._client.set_terminated(self.run_id, status)
+
+    def _flush(self) -> None:
+        new = [entry for entry in self._pending if entry["step"] > self._logged_to]
+        now = _now()
         rows = [
-            Metric(key, float(value), now, step)
-            for step, metrics in new
-            for key, value in metrics.items()
+            Metric(
+                key if key.startswith(("heldout_", "step")) else f"train_{key}", float(value), now, int(entry["step"])
+            )
+            for entry in new
+            for key, value in entry.items()
             if math.isfinite(value)
         ]
         for start in range(0, len(rows), _BATCH):
             self._client.log_batch(self.run_id, metrics=rows[start : start + _BATCH])
-        self._logged_to = max((step for step, _ in new), default=self._logged_to)
+        self._logged_to = max((int(entry["step"]) for entry in new), default=self._logged_to)
+        self._pending, self._flushed = [], time.monotonic()
 
-    def finish(self, metrics: Mapping[str, float], tags: Mapping[str, str], artifacts: Path | None) -> None:
-        """Log final metrics, the directory of the trained dictionary, and mark the run as finished."""
-        for key, value in metrics.items():
-            if math.isfinite(value):
-                self._client.log_metric(self.run_id, key, float(value))
-        for key, value in tags.items():
-            self._client.set_tag(self.run_id, key, value)
-        if artifacts is not None and artifacts.exists():
-            self._client.log_artifacts(self.run_id, str(artifacts), "checkpoint")
-        self._client.set_terminated(self.run_id, "FINISHED")
 
-    def fail(self, status: str = "FAILED") -> None:
-        """Mark the run as failed or killed; a later attempt with the same fingerprint goes on with it."""
-        self._client.set_terminated(self.run_id, status)
+def _now() -> int:
+    return int(time.time() * 1000)
 
 
 def flatten(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -17,11 +17,10 @@ def audit(stage: Stage) -> None:
     for record in records:
         if record["control"] == "none":
             chosen.setdefault(record["architecture"], record)
-    contexts = slice(stage.sections["evaluation"]["contexts"])
     recomputed = audit_runs(
         {record["run"]: stage.data / "runs" / record["run"] for record in chosen.values()},
         stage.data / "model",
-        Corpus.load(stage.data / "corpus").tokens("heldout", contexts),
+        Corpus.load(stage.data / "corpus").tokens("heldout"),
     )
     rows = [_row(record, recomputed[record["run"]]) for record in chosen.values()]
     with atomic_directory(stage.data / "audit") as directory:

@@ -87,7 +87,9 @@ def findings(pipeline: str, workers: int) -> dict[str, str]:
     running: dict[PrefectFuture[str], str] = {}
     waiting = list(needs)
     while waiting or running:
-        ready = [stage for stage in waiting if all(outcome.get(needed) in ("done", "unchanged") for needed in needs[stage])]
+        ready = [
+            stage for stage in waiting if all(outcome.get(needed) in ("done", "unchanged") for needed in needs[stage])
+        ]
         for stage in ready[: workers - len(running)]:
             waiting.remove(stage)
             running[reproduce.submit(stage)] = stage
@@ -95,14 +97,16 @@ def findings(pipeline: str, workers: int) -> dict[str, str]:
             break
         future = next(iter(as_completed(list(running))))
         stage = running.pop(future)
-        state = future.state
-        outcome[stage] = str(future.result()) if state.is_completed() else "failed"
+        result = future.result(raise_on_failure=False)
+        outcome[stage] = result if isinstance(result, str) else "failed"
         logger.info("%d of %d stages, %s: %s", len(outcome), len(needs), stage, outcome[stage])
         update_progress_artifact(progress, progress=100.0 * len(outcome) / len(needs))
     _show_results(Path(pipeline))
     failed = [stage for stage, result in outcome.items() if result == "failed"]
     if failed:
-        raise StageFailed(f"{', '.join(failed)} failed; {len(waiting)} stages that need them were not run. Logs: work/logs")
+        raise StageFailed(
+            f"{', '.join(failed)} failed; {len(waiting)} stages that need them were not run. Logs: work/logs"
+        )
     return outcome
 
 

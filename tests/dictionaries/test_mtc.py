@@ -131,3 +131,17 @@ def test_more_heads_per_feature_than_movers_is_refused():
     )
     with pytest.raises(ValueError, match=r"heads_per_feature=6 exceeds the 5 movers"):
         build(config, DIMS)
+
+
+def test_moved_counts_are_brute_force_counts():
+    module, (batch, *_) = started("mtc/topk")
+    features = range(module.config.features)
+    size, limit = module.decoder.norm(dim=1), 0.01 * module.target(batch).norm(dim=-1)
+    moved = module.query_side(batch, features).abs() * size
+    query = int((moved > limit[..., None])[batch.mask].sum())
+    triples = 0
+    f = module.key_side(batch, features)
+    for i in features:
+        parts = module.pattern(batch, i).abs() * f[:, None, :, i] * size[i]
+        triples += int((parts > limit[..., None])[batch.mask].sum())
+    assert module.moved_counts(batch) == (query, triples)

@@ -14,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 from crosshead.activations.anatomy import anatomy, probe_tokens
 from crosshead.activations.base_model import LanguageModel
-from crosshead.activations.rotation import run_on_constant_inputs, unify_table
+from crosshead.activations.rotation import Tables, read_tables
 from crosshead.activations.sites import recompute_patterns, site_shape, stored_sites
 from crosshead.activations.taps import check_site, check_tokens, tapped
 from crosshead.dictionaries.base import LayerWeights, Site
@@ -101,9 +101,7 @@ def _is_output_map(model: LanguageModel, layer: int, W_O: Tensor, b_O: Tensor) -
     return bool((predicted - attn_out).abs().max() <= tolerance * attn_out.abs().max())
 
 
-def rotary_tables(
-    model: LanguageModel, layer: int, length: int
-) -> tuple[Float[Tensor, "T R"], Float[Tensor, "T R"]] | None:
+def rotary_tables(model: LanguageModel, layer: int, length: int) -> Tables | None:
     """The cos and sin that turned q and k of one layer at positions 0..T-1, float32, on the CPU; None: no rotation.
 
     These are the model's own tables, every frequency twice, as ``undo_rotation`` wants them: where neighbouring columns
@@ -115,6 +113,5 @@ def rotary_tables(
         return None
     tokens = probe_tokens(model, length)
     check_tokens(model, tokens)
-    run = run_on_constant_inputs(model.model, tokens, [], [part.attention])
-    cos, sin = (unify_table(table, part.rotary).cpu() for table in run.tables[part.attention])
-    return cos, sin
+    cos, sin = read_tables(model.model, tokens, part.attention, part.rotary)
+    return cos.cpu(), sin.cpu()

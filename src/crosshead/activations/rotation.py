@@ -5,8 +5,8 @@ embedding alone (learned position embeddings change the residual stream, which i
 that makes them equal again is the right one, and it is checked on the model itself instead of being looked up.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -16,7 +16,10 @@ from torch import Tensor, nn
 from crosshead.activations.interface import EXACT, AttentionResult, observed_attention
 from crosshead.maths.patterns import undo_rotation
 
-__all__ = ["ConstantRun", "RotaryStyle", "rewrite_input", "rotary_style", "run_on_constant_inputs", "unify_table"]
+__all__ = ["ConstantRun", "RotaryStyle", "Tables", "read_tables", "rewrite_input", "rotary_style",
+           "run_on_constant_inputs"]  # fmt: skip
+
+Tables = tuple[Float[Tensor, "T R"], Float[Tensor, "T R"]]
 
 _INPUT_NAMES = ("hidden_states", "x", "input")
 
@@ -35,7 +38,7 @@ class ConstantRun(NamedTuple):
 
     queries_keys: dict[nn.Module, Float[Tensor, "1 heads T E"]]
     """q and k, stacked over heads."""
-    tables: dict[nn.Module, tuple[Float[Tensor, "T R"], Float[Tensor, "T R"]]]
+    tables: dict[nn.Module, Tables]
     """The cos and sin each module was given, as its family lays them out."""
 
 
@@ -76,11 +79,9 @@ def run_on_constant_inputs(
         return proceed(q_BHTE, k_BKTE, v_BKTE)
 
     def saw_attention(module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
-        for value in (keywords.get("position_embeddings"), *arguments):
-            if isinstance(value, tuple) and len(value) == 2 and all(isinstance(table, Tensor) for table in value):
-                cos, sin = (table.float().reshape(-1, tokens.shape[1], table.shape[-1])[0] for table in value)
-                run.tables[module] = (cos, sin)
-                return
+        tables = _tables_among((keywords.get("position_embeddings"), *arguments), tokens.shape[1])
+        if tables is not None:
+            run.tables[module] = tables
 
     with ExitStack() as stack:
         for layer in layers:
@@ -92,7 +93,40 @@ def run_on_constant_inputs(
     return run
 
 
-def unify_table(table_TR: Tensor, style: RotaryStyle) -> Float[Tensor, "T R"]:
+@torch.no_grad()
+def read_tables(model: nn.Module, tokens: Tensor, attention: nn.Module, style: RotaryStyle) -> Tables:
+    """The cos and sin a rotating module is given for ``tokens`` [1, T], as ``undo_rotation`` wants them."""
+    seen: list[Tables | None] = []
+
+    def saw_attention(_: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+        seen.append(_tables_among((keywords.get("position_embeddings"), *arguments), tokens.shape[1]))
+        raise _SeenError
+
+    handle = attention.register_forward_pre_hook(saw_attention, with_kwargs=True)
+    try:
+        with suppress(_SeenError):
+            model(tokens, use_cache=False)
+    finally:
+        handle.remove()
+    tables = seen[0]
+    assert tables is not None, "a style is known only where tables were given"
+    return _unify_table(tables[0], style), _unify_table(tables[1], style)
+
+
+class _SeenError(Exception):
+    """Ends a forward pass when the tables have been read."""
+
+
+def _tables_among(values: Iterable[Any], length: int) -> Tables | None:
+    """The pair of tensors among an attention module's arguments."""
+    for value in values:
+        if isinstance(value, tuple) and len(value) == 2 and all(isinstance(table, Tensor) for table in value):
+            cos, sin = (table.float().reshape(-1, length, table.shape[-1])[0] for table in value)
+            return cos, sin
+    return None
+
+
+def _unify_table(table_TR: Tensor, style: RotaryStyle) -> Float[Tensor, "T R"]:
     """A family's table rewritten with every frequency twice, as ``undo_rotation`` pairs coordinates."""
     match style.layout:
         case "half":
@@ -118,7 +152,7 @@ def rotary_style(run: ConstantRun, attention: nn.Module, tolerance: float) -> Ro
         for layout in ("half", "interleaved", "single"):
             for interleaved in (False, True):
                 style = RotaryStyle(layout, interleaved)
-                cos_TR, sin_TR = unify_table(cos, style), unify_table(sin, style)
+                cos_TR, sin_TR = _unify_table(cos, style), _unify_table(sin, style)
                 if cos_TR.shape[1] <= both.shape[-1]:
                     spreads[style] = _spread(undo_rotation(both, cos_TR, sin_TR, interleaved=interleaved))
     best = min(spreads, key=lambda style: spreads[style], default=None)

@@ -255,6 +255,34 @@ class Module(Dictionary):
         sums += [(patterns[:, h] @ codes).square().sum((0, 1)) for h in range(self.dims.n_heads)]
         return torch.stack(sums) * loadings.square()
 
+    @torch.no_grad()
+    def moved_counts(self, batch: Batch, threshold: float = 0.01) -> tuple[int, int]:
+        """Count what is moved in a batch, over counted positions.
+
+        First: (feature, t) with |g_i(t)| ||d_i|| above ``threshold`` times the size of the target at t. Second:
+        (feature, s, t) with |P_i(t,s)| f_i(s) ||d_i|| above it.
+        """
+        codes, loadings = self.encode(batch), self.effective_loadings()
+        size = self.decoder.norm(dim=1)
+        limit = threshold * self.target(batch).norm(dim=-1)
+        n_positions = batch.mask.shape[1]
+        moved = triples = 0
+        for c in range(len(batch.mask)):
+            own = codes.rows // n_positions == c
+            source, feature = codes.rows[own] % n_positions, codes.columns[own]
+            weight = codes.values[own] * size[feature]
+            pattern = batch[Site(self.layer, "pattern")][c]
+            to_feature = pattern.new_zeros(n_positions, self.config.features)
+            for part in torch.arange(len(source), device=source.device).split(4096):
+                # P_i(t, s) at the active (s, i) only: [t, part].
+                parts = torch.einsum("hp,htp->tp", loadings[1:, feature[part]], pattern[:, :, source[part]])
+                parts[source[part], torch.arange(len(part), device=part.device)] += loadings[0, feature[part]]
+                parts = parts * weight[part]
+                triples += int((parts.abs() > limit[c, :, None])[batch.mask[c]].sum())
+                to_feature.index_add_(1, feature[part], parts)
+            moved += int((to_feature.abs() > limit[c, :, None])[batch.mask[c]].sum())
+        return moved, triples
+
     # ---- start and calibration ----
 
     @torch.no_grad()

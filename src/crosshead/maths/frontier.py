@@ -1,0 +1,59 @@
+"""Frontiers of normalised MSE over L0: interpolation, envelopes and sums.
+
+A frontier is compared at equal L0, by interpolating log MSE linearly in L0 between measured points; nothing is ever
+extrapolated.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+__all__ = ["Point", "geometric_mean_ratio", "log_interpolate", "lower_envelope", "overlap"]
+
+
+class Point(NamedTuple):
+    """One measured point of a frontier."""
+
+    l0: float
+    mse: float
+
+
+def log_interpolate(points: Sequence[Point], l0: float) -> float | None:
+    """MSE at ``l0``, log-linear between the two measured neighbours; None outside the measured range."""
+    points = sorted(points)
+    if not points or not points[0].l0 <= l0 <= points[-1].l0:
+        return None
+    return float(np.exp(np.interp(l0, [p.l0 for p in points], np.log([p.mse for p in points]))))
+
+
+def lower_envelope(points: Sequence[Point]) -> list[Point]:
+    """The points that no other point beats in both L0 and MSE, by rising L0 and falling MSE."""
+    kept: list[Point] = []
+    for point in sorted(points):
+        if not kept or point.mse < kept[-1].mse:
+            kept.append(point)
+    return kept
+
+
+def overlap(a: Sequence[Point], b: Sequence[Point]) -> tuple[float, float] | None:
+    """The range of L0 that both frontiers cover; None where they do not meet."""
+    if not a or not b:
+        return None
+    low = max(min(p.l0 for p in a), min(p.l0 for p in b))
+    high = min(max(p.l0 for p in a), max(p.l0 for p in b))
+    return (low, high) if low < high else None
+
+
+def geometric_mean_ratio(a: Sequence[Point], b: Sequence[Point], *, grid: int = 33) -> float | None:
+    """Geometric mean of MSE(a) / MSE(b) over the L0 range both cover; None where they do not meet."""
+    common = overlap(a, b)
+    if common is None:
+        return None
+    logs = []
+    for l0 in np.linspace(*common, grid):
+        at = [log_interpolate(points, float(np.clip(l0, *common))) for points in (a, b)]
+        assert at[0] is not None
+        assert at[1] is not None
+        logs.append(np.log(at[0]) - np.log(at[1]))
+    return float(np.exp(np.mean(logs)))

@@ -1,0 +1,47 @@
+import numpy as np
+import pytest
+
+from crosshead.analysis.frontiers import compare_series, compare_with_sum, sum_points
+
+
+def record(series: str, l0: float, mse: float, noise: np.ndarray, variance: float = 10.0):
+    errors = (mse * variance * noise).tolist()
+    return {
+        "series": series, "l0": l0, "n_tokens": 1000,
+        "evaluation": {"normalised_mse": float(np.sum(errors) / (variance * len(noise))),
+                       "context_squared_error": errors, "context_variance": [variance] * len(noise)},
+    }  # fmt: skip
+
+
+NOISE = np.random.default_rng(0).uniform(0.5, 1.5, 40)
+
+
+def sweep(series: str, factor: float, noise: np.ndarray = NOISE):
+    return [record(series, l0, factor / l0, noise) for l0 in (10, 20, 40, 80)]
+
+
+def test_equal_errors_up_to_a_factor_give_that_factor_with_no_spread():
+    result = compare_series(sweep("a", 0.9), sweep("b", 1.0))
+    assert result.ratio == pytest.approx(0.9)
+    assert result.interval == pytest.approx((0.9, 0.9))
+    assert result.l0_range == (10, 80)
+    assert [row["l0"] for row in result.at] == [10, 20, 30, 40, 60, 80]
+
+
+def test_independent_context_noise_widens_the_interval_around_one():
+    other = np.random.default_rng(1).uniform(0.5, 1.5, 40)
+    low, high = compare_series(sweep("a", 1.0), sweep("b", 1.0, other)).interval
+    assert high - low > 0.05
+
+
+def test_the_sum_adds_l0_and_pools_errors_over_variances():
+    flat = np.ones(5)
+    points = sum_points([record("a", 10, 0.2, flat)], [record("b", 30, 0.4, flat, variance=30.0)])
+    assert points == [(40, pytest.approx((0.2 * 10 + 0.4 * 30) / 40))]
+
+
+def test_a_two_layer_sweep_equal_to_the_sum_has_ratio_one():
+    flat = np.ones(8)
+    one = [record("one", l0, 1 / l0, flat) for l0 in (10, 20, 40)]
+    both = [record("both", p.l0, p.mse, flat) for p in sum_points(one, one)]
+    assert compare_with_sum(both, one, one).ratio == pytest.approx(1.0)

@@ -1,0 +1,34 @@
+import math
+
+import pytest
+
+from crosshead.maths.frontier import Point, geometric_mean_ratio, log_interpolate, lower_envelope, overlap
+
+CURVE = [Point(10, 0.4), Point(20, 0.1), Point(40, 0.05)]
+
+
+def test_interpolation_is_log_linear_and_exact_at_the_points():
+    assert log_interpolate(CURVE, 20) == pytest.approx(0.1)
+    assert log_interpolate(CURVE, 15) == pytest.approx(math.sqrt(0.4 * 0.1))
+
+
+def test_nothing_is_extrapolated():
+    assert log_interpolate(CURVE, 9.9) is None
+    assert log_interpolate(CURVE, 41) is None
+    assert log_interpolate([], 5) is None
+
+
+def test_the_envelope_drops_every_dominated_point():
+    points = [*CURVE, Point(15, 0.45), Point(30, 0.2), Point(40, 0.06)]
+    assert lower_envelope(points) == CURVE
+
+
+def test_a_frontier_scaled_by_a_factor_has_that_ratio():
+    scaled = [Point(p.l0, 0.9 * p.mse) for p in CURVE]
+    assert geometric_mean_ratio(scaled, CURVE) == pytest.approx(0.9)
+
+
+def test_frontiers_that_do_not_meet_are_not_compared():
+    far = [Point(50, 0.1), Point(60, 0.05)]
+    assert overlap(CURVE, far) is None
+    assert geometric_mean_ratio(CURVE, far) is None

@@ -19,10 +19,19 @@ from flows._runtime import lock, repository_root
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("DO_NOT_TRACK", "true")
 
-from mlflow import MlflowClient  # noqa: E402
-from mlflow.entities import Metric, Param, RunTag  # noqa: E402
+from mlflow import MlflowClient
+from mlflow.entities import Metric, Param, RunTag
 
-__all__ = ["TrackedRun", "database_uri", "experiment_name", "final_metrics", "find_runs", "open_client", "run_tags"]
+__all__ = [
+    "TrackedRun",
+    "database_uri",
+    "experiment_name",
+    "final_metrics",
+    "find_runs",
+    "open_client",
+    "record_tag",
+    "run_tags",
+]
 
 _BATCH = 1000
 _FLUSH_SECONDS = 5.0
@@ -65,6 +74,11 @@ def run_tags(stage: str, profile: str, series: str, seed: int, kind: str, layers
 def final_metrics(record: Mapping[str, Any]) -> dict[str, float]:
     """What a run is compared by."""
     return {name: record[name] for name in _FINAL if record[name] is not None}
+
+
+def record_tag(metrics: Mapping[str, float]) -> str:
+    """Identifies the final figures of a run."""
+    return fingerprint_of(dict(metrics))
 
 
 def _git_revision() -> str:
@@ -122,7 +136,7 @@ class TrackedRun:
         self._flush()
         now, last = _now(), max((int(entry["step"]) for entry in history), default=0)
         rows = [Metric(key, float(value), now, last) for key, value in metrics.items() if math.isfinite(value)]
-        self._client.log_batch(self.run_id, metrics=rows, tags=[RunTag("record", fingerprint_of(dict(metrics)))])
+        self._client.log_batch(self.run_id, metrics=rows, tags=[RunTag("record", record_tag(metrics))])
         if artifacts.exists():
             self._client.log_artifacts(self.run_id, str(artifacts), "checkpoint")
         self._client.set_terminated(self.run_id, "FINISHED")
@@ -136,9 +150,7 @@ class TrackedRun:
         new = [entry for entry in self._pending if entry["step"] > self._logged_to]
         now = _now()
         rows = [
-            Metric(
-                key if key.startswith(("heldout_", "step")) else f"train_{key}", float(value), now, int(entry["step"])
-            )
+            Metric(_step_name(key), float(value), now, int(entry["step"]))
             for entry in new
             for key, value in entry.items()
             if math.isfinite(value)
@@ -147,6 +159,10 @@ class TrackedRun:
             self._client.log_batch(self.run_id, metrics=rows[start : start + _BATCH])
         self._logged_to = max((int(entry["step"]) for entry in new), default=self._logged_to)
         self._pending, self._flushed = [], time.monotonic()
+
+
+def _step_name(metric: str) -> str:
+    return metric if metric.startswith(("heldout_", _STEP_MARK)) else f"train_{metric}"
 
 
 def _now() -> int:

@@ -1,7 +1,7 @@
 """A whole profile as one Prefect flow, for long runs: several trainings at once, retries, progress in the Prefect UI.
 
-DVC stays the only record of outputs. Every task runs its stage through ``dvc repro --single-item``, so ``dvc status`` is
-clean afterwards; DVC lets go of its repository lock while a stage's command runs, which is what lets two run at once.
+DVC stays the only record of outputs. Every task runs its stage through ``dvc repro --single-item``, so ``dvc status``
+is clean afterwards; DVC lets go of its lock while a stage's command runs, which is what lets two run at once.
 """
 
 import argparse
@@ -36,7 +36,7 @@ _WRONG_PARAMETERS = "exited with 2"
 _RETRIES = 2
 
 
-class StageFailed(RuntimeError):
+class StageFailedError(RuntimeError):
     """A stage ended with an error; the message ends with its last lines."""
 
 
@@ -71,7 +71,7 @@ def reproduce(stage: str) -> str:
         )  # fmt: skip
     lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
     if result.returncode:
-        raise StageFailed(f"{stage}: " + "\n".join(lines[-20:]))
+        raise StageFailedError(f"{stage}: " + "\n".join(lines[-20:]))
     skipped = any("didn't change, skipping" in line for line in lines)
     get_run_logger().info("%s: %s", stage, "nothing to do" if skipped else f"done, log in {log}")
     return "unchanged" if skipped else "done"
@@ -104,7 +104,7 @@ def findings(pipeline: str, workers: int) -> dict[str, str]:
     _show_results(Path(pipeline))
     failed = [stage for stage, result in outcome.items() if result == "failed"]
     if failed:
-        raise StageFailed(
+        raise StageFailedError(
             f"{', '.join(failed)} failed; {len(waiting)} stages that need them were not run. Logs: work/logs"
         )
     return outcome
@@ -136,8 +136,8 @@ def _main() -> int:
     parser.add_argument("--workers", type=int, default=1, help="stages at the same time")
     options = parser.parse_args()
     if options.workers < 1 or not Path(options.pipeline).exists():
-        print(f"--workers {options.workers} --pipeline {options.pipeline}: give at least one worker and an existing dvc.yaml",
-              file=sys.stderr)  # fmt: skip
+        print(f"--workers {options.workers} --pipeline {options.pipeline}: give one worker or more and a dvc.yaml that "
+              "exists", file=sys.stderr)  # fmt: skip
         return 2
     with prefect_server() as address:
         os.environ["PREFECT_API_URL"] = address
@@ -149,7 +149,7 @@ def _main() -> int:
         try:
             with tags(*process_tags()):
                 findings.with_options(task_runner=runner)(options.pipeline, options.workers)
-        except StageFailed as error:
+        except StageFailedError as error:
             print(error, file=sys.stderr)
             return 1
     return 0

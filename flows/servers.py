@@ -86,6 +86,7 @@ def _main() -> None:
             flush=True,
         )
         print(f"MLflow   {stack.enter_context(mlflow_server())}", flush=True)
+        print(f"Stages report to Prefect after: export PREFECT_API_URL={api}", flush=True)
         print("Ctrl-C stops both.", flush=True)
         try:
             while True:

@@ -1,24 +1,33 @@
-"""Keep dvc.yaml's code dependencies equal to what the stages import, and the profiles' copies equal to dvc.yaml.
+"""Write what must agree with something else: ``make sync``.
+
+dvc.yaml's code dependencies equal what the stages import; every profile's dvc.yaml is a copy of the root's; the evidence
+and gpu parameters are the laptop's at other sizes.
 
 DVC does not follow imports, so every stage lists its import closure. Architectures are the one exception: the registry
-imports them by name, and a training depends on the file of its own architecture only (``make sync`` runs this file).
+imports them by name, and a training depends on the file of its own architecture only.
 """
 
+import copy
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import grimp
 import yaml
 
 from crosshead.dictionaries.registry import KINDS
+from crosshead.io.files import write_text
+from crosshead.io.settings import read_sections
 
-__all__ = ["PROFILES", "code_closure", "stage_names"]
+__all__ = ["PROFILES", "ROOT", "code_closure", "derived_parameters", "stage_names", "write_dependencies"]
 
 ROOT = Path(__file__).resolve().parents[1]
 PROFILES = ("smoke", "evidence", "gpu")
 _REGISTRY = "crosshead.dictionaries.registry"
 _ARCHITECTURES = {f"crosshead.dictionaries.{kind}" for kind in KINDS}
+
+Sections = dict[str, Any]
 
 
 def stage_names() -> list[str]:
@@ -30,14 +39,13 @@ def code_closure(stage: str, graph: grimp.ImportGraph | None = None) -> list[str
     """The files a stage imports, packages included, as dvc.yaml should list them."""
     graph = graph or import_graph()
     found = _closure(graph, {f"flows.{stage}"})
-    if _REGISTRY in found:
-        found |= _closure(graph, _ARCHITECTURES)
-    paths = {_path(module) for module in found - _ARCHITECTURES}
-    if _REGISTRY in found and stage == "train":
-        paths.add("src/crosshead/dictionaries/${item.kind}.py")
-    elif _REGISTRY in found:
-        paths |= {_path(module) for module in _ARCHITECTURES}
-    return sorted(paths)
+    if _REGISTRY not in found:
+        return sorted(_path(module) for module in found)
+    found |= _closure(graph, _ARCHITECTURES)
+    if stage != "train":
+        return sorted(_path(module) for module in found)
+    own = "src/crosshead/dictionaries/${item.kind}.py"
+    return sorted({_path(module) for module in found - _ARCHITECTURES} | {own})
 
 
 def import_graph() -> grimp.ImportGraph:
@@ -72,17 +80,110 @@ def write_dependencies(text: str) -> str:
         assert section is not None, stage
         block = re.search(r"(?:^ +- (?:src|flows)/.*\n)+", section[0], re.MULTILINE)
         assert block is not None, f"stage {stage} lists no code"
-        indent = re.match(r" +", block[0])
-        lines = "".join(f"{indent[0] if indent else ''}- {path}\n" for path in code_closure(stage, graph))
+        indent = block[0][: block[0].index("-")]
+        lines = "".join(f"{indent}- {path}\n" for path in code_closure(stage, graph))
         text = text.replace(section[0], section[0].replace(block[0], lines))
     return text
 
 
+def derived_parameters(profile: str) -> str:
+    """The evidence or gpu parameter file, from the laptop's."""
+    sections = read_sections(ROOT / "params.yaml")
+    home = f"flows/profiles/{profile}"
+    sections["profile"] = profile
+    sections["paths"] = {
+        "root": "../../..",
+        "params": f"{home}/params.yaml",
+        "data": f"data/{profile}",
+        "reports": f"reports/{profile}",
+        "inputs": f"{home}/inputs",
+    }
+    note = {"evidence": _evidence, "gpu": _gpu}[profile](sections)
+    text = yaml.safe_dump(sections, sort_keys=False, default_flow_style=None, width=120)
+    return f"# {note}\n# Written by `make sync` from the root's params.yaml; change flows/sync.py instead.\n{text}"
+
+
+def _evidence(sections: Sections) -> str:
+    sections["corpus"] |= {"train_contexts": 2048, "heldout_contexts": 128}
+    sections["harvest"]["sites"].append({"layer": "adjacent", "names": ["v"]})
+    sections["training"] |= {"steps": 1200, "checkpoint_every": 100}
+    for defaults in sections["dictionaries"].values():
+        defaults["training"] = {"steps": 1200}
+    sections["evaluation"] |= {"splice_contexts": 16}
+    points = {"mtc": (20, 30, 45, 60, 85, 110, 150, 200), "value": (8, 16, 32, 64), "output": (15, 30, 60, 110)}
+    runs: Sections = {}
+    for seed in (0, 1, 2):
+        for series, own in _MTC_SERIES.items():
+            for k in points["mtc"]:
+                runs[f"{series}-k{k}-s{seed}"] = _run("mtc", series, "superposition", ["first"], k, seed, own)
+        for series, (layers, own) in _VALUE_SERIES.items():
+            for k in points["value"]:
+                total = k * len(layers)
+                runs[f"{series}-k{total}-s{seed}"] = _run("value_sae", series, "value-layers", layers, total, seed, own)
+        for k in points["output"]:
+            runs[f"attn-out-k{k}-s{seed}"] = _run(
+                "attn_out_sae", "attn-out-sae", "attention-output", ["first"], k, seed
+            )
+    sections["runs"] = runs
+    return "The evidence profile: more sparsities, seeds and controls; hours on two cores, over as many sittings as you like."
+
+
+_MTC_SERIES: dict[str, Sections] = {
+    "mtc": {},
+    "top1": {"heads_per_feature": 1},
+    "top1-fixed": {"heads_per_feature": 1, "assignment": "fixed"},
+    "heads2": {"heads_per_feature": 2},
+    "heads4": {"heads_per_feature": 4},
+    "mtc-resid": {"target": "resid_out"},
+    "mtc-nonnegative": {"loadings_sign": "nonnegative"},
+    "mtc-penalty-l1": {"loadings_penalty": "l1"},
+    "mtc-penalty-l2": {"loadings_penalty": "l2"},
+}
+_VALUE_SERIES: dict[str, tuple[list[str], Sections]] = {
+    "value-first": (["first"], {}),
+    "value-second": (["second"], {}),
+    "value-adjacent": (["adjacent"], {}),
+    "value-both": (["first", "second"], {"features": 2048}),
+    "value-both-equal": (["first", "second"], {}),
+    "value-both-control": (["first", "second"], {"features": 2048, "control": "other_contexts"}),
+    "value-near": (["first", "adjacent"], {"features": 2048}),
+    "value-near-control": (["first", "adjacent"], {"features": 2048, "control": "other_contexts"}),
+}
+
+
+def _run(
+    kind: str, series: str, family: str, layers: list[str], k: int, seed: int, own: Sections | None = None
+) -> Sections:
+    sparsity = {"kind": "batch_topk", "k": k}
+    return {"kind": kind, "series": series, "family": family, "layers": list(layers), "seed": seed,
+            "sparsity": sparsity, **copy.deepcopy(own or {})}  # fmt: skip
+
+
+def _gpu(sections: Sections) -> str:
+    sections["machine"] = {"device": "cuda", "threads": 8}
+    sections["corpus"] |= {"train_contexts": 8192, "heldout_contexts": 256, "contexts_per_document": 256}
+    sections["harvest"] |= {"batch_contexts": 64, "shard_contexts": 256}
+    sections["training"] |= {
+        "steps": 8000, "contexts_per_batch": 16, "warmup_steps": 400, "learning_rate": 1e-3, "autocast": "bf16",
+        "evaluate_every": 1000, "checkpoint_every": 1000, "start_contexts": 64, "calibrate_contexts": 128,
+    }  # fmt: skip
+    sections["dictionaries"]["mtc"]["features"] = 100_000
+    for defaults in sections["dictionaries"].values():
+        defaults.pop("training", None)
+    for run in sections["runs"].values():
+        run.pop("training", None)
+    sections["evaluation"] |= {"splice_contexts": 64}
+    return "The gpu profile: 100,000 features per multitoken transcoder, 33 million tokens, bf16."
+
+
 def _main() -> None:
     pipeline = ROOT / "dvc.yaml"
-    pipeline.write_text(write_dependencies(pipeline.read_text(encoding="utf-8")), encoding="utf-8")
+    write_text(pipeline, write_dependencies(pipeline.read_text(encoding="utf-8")))
     for profile in PROFILES:
-        shutil.copyfile(pipeline, ROOT / "flows" / "profiles" / profile / "dvc.yaml")
+        home = ROOT / "flows" / "profiles" / profile
+        shutil.copyfile(pipeline, home / "dvc.yaml")
+        if profile != "smoke":
+            write_text(home / "params.yaml", derived_parameters(profile))
 
 
 if __name__ == "__main__":

@@ -92,8 +92,9 @@ def _save(
 def _tracked(stage: Stage, run: Run, config: Any, identity: str) -> Iterator[TrackedRun]:
     parameters = {"dictionary": config.model_dump(mode="json"), "training": run.schedule.model_dump(mode="json"),
                   "seed": run.seed, "control": run.control}  # fmt: skip
-    tracked = TrackedRun(experiment_name(stage.profile, run.family), run.name, identity, parameters=parameters,
-                         tags=run_tags(stage.name, stage.profile, run.series, run.seed, config.kind, config.layers))  # fmt: skip
+    tags = run_tags(stage.name, stage.profile, run.series, run.seed, config.kind, config.layers)
+    experiment = experiment_name(stage.profile, run.family)
+    tracked = TrackedRun(experiment, run.name, identity, parameters=parameters, tags=tags)
     try:
         yield tracked
     except BaseException as error:

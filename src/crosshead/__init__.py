@@ -1,7 +1,7 @@
 """Attention features of real language models: multitoken transcoders, value SAEs and their controls.
 
-``load_dictionary`` reads a trained run, ``load_model`` a base model in hub layout, ``read_texts`` turns texts into a batch of
-activations. Names are imported when they are first used, so that ``import crosshead`` costs nothing.
+``load_dictionary`` reads a trained run, ``load_model`` a base model in hub layout, ``read_texts`` turns texts into a
+batch of activations. Names are imported when they are first used, so that ``import crosshead`` costs nothing.
 """
 
 from importlib import import_module

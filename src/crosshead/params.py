@@ -1,7 +1,7 @@
 """A whole parameter file: the configs that live beside their consumers, put together.
 
-A stage validates its own sections only, so that its code dependencies stay its own; ``load_params`` validates everything
-at once, before anything runs. ``python -m crosshead.params FILE...`` says what is wrong and exits with 2.
+A stage validates its own sections only, so that its code dependencies stay its own; ``load_params`` validates all
+of them at once, before anything runs. ``python -m crosshead.params FILE...`` says what is wrong and exits with 2.
 """
 
 import sys

@@ -52,6 +52,7 @@ class Batches:
         self._moved = () if control == "none" else tuple(site for site in self.sites if site.layer > lowest)
         self._check_control(control)
         self._order: tuple[int, Tensor] | None = None
+        # Everything is read in this thread: a batch must not depend on whether it was read ahead, to the last bit.
         self._reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="crosshead-batches")
         self._ahead: tuple[int, Future[Batch]] | None = None
 
@@ -61,9 +62,10 @@ class Batches:
 
     def at(self, step: int) -> Batch:
         """The batch of a training step: the same for the same seed, whatever was asked for before."""
-        ahead, self._ahead = self._ahead, None
-        batch = ahead[1].result() if ahead is not None and ahead[0] == step else self._read_step(step)
-        self._ahead = (step + 1, self._reader.submit(self._read_step, step + 1))
+        if self._ahead is None or self._ahead[0] != step:
+            self._ahead = step, self._reader.submit(self._read_step, step)
+        batch = self._ahead[1].result()
+        self._ahead = step + 1, self._reader.submit(self._read_step, step + 1)
         return batch
 
     def all(self) -> Iterator[Batch]:
@@ -80,8 +82,10 @@ class Batches:
     def sample(self, n_contexts: int, seed: int) -> list[Batch]:
         """Some contexts drawn without repetition, in batches; all of them where the split holds no more."""
         drawn = torch.randperm(self.n_contexts, generator=_generator(seed, 2)).tolist()[:n_contexts]
-        return [self._read(drawn[start : start + self.contexts_per_batch], start, seed)
-                for start in range(0, len(drawn), self.contexts_per_batch)]  # fmt: skip
+        groups = [
+            drawn[start : start + self.contexts_per_batch] for start in range(0, len(drawn), self.contexts_per_batch)
+        ]
+        return [self._reader.submit(self._read, group, i, seed).result() for i, group in enumerate(groups)]
 
     def _read_step(self, step: int) -> Batch:
         first = step * self.contexts_per_batch
@@ -90,12 +94,9 @@ class Batches:
     def _context(self, place: int) -> int:
         """The context at a place of the endless shuffled sequence of epochs."""
         epoch, offset = divmod(place, self.n_contexts)
-        # A local name: the reading thread may be in another epoch.
-        order = self._order
-        if order is None or order[0] != epoch:
-            order = epoch, torch.randperm(self.n_contexts, generator=_generator(self.seed, 0, epoch))
-            self._order = order
-        return int(order[1][offset])
+        if self._order is None or self._order[0] != epoch:
+            self._order = epoch, torch.randperm(self.n_contexts, generator=_generator(self.seed, 0, epoch))
+        return int(self._order[1][offset])
 
     def _read(self, contexts: list[int], number: int, seed: int | None = None) -> Batch:
         batch = self.cache.read(self.split, contexts, self.sites, device=self.device)

@@ -27,6 +27,8 @@ class EvaluationConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
+    contexts: Annotated[int, Field(gt=0)] = 64
+    """Held-out contexts evaluated on (all there are, if fewer)."""
     contexts_per_batch: Annotated[int, Field(gt=0)] = 4
     """Held-out contexts read at a time; does not change any result."""
     detail_contexts: Annotated[int, Field(gt=0)] = 8

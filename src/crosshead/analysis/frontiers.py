@@ -1,12 +1,12 @@
 """Comparisons of frontiers at matched L0, from run records.
 
-MTC against Top-1: the geometric mean of the ratio of normalised MSEs over the L0 range both sweeps cover, with a percentile
-bootstrap over held-out contexts (the same contexts for both; one seed each, so the interval says nothing about training
-noise).
+MTC against Top-1: the geometric mean of the ratio of normalised MSEs over the L0 range both sweeps cover, with a
+percentile bootstrap over held-out contexts (the same contexts for both; one seed each, so the interval says nothing
+about training noise).
 
-Two-layer value SAE against the sum of two one-layer SAEs: every combination of the two one-layer sweeps is a point (sum of
-L0s, summed squared error over summed variance, every layer scaled to equal power); their lower envelope stands beside the
-two-layer sweep. After Jermyn et al., Progress on Attention (2025).
+Two-layer value SAE against the sum of two one-layer SAEs: every combination of the two one-layer sweeps is a point
+(sum of L0s, summed squared error over summed variance, every layer scaled to equal power); their lower envelope
+stands beside the two-layer sweep. After Jermyn et al., Progress on Attention (2025).
 """
 
 from collections.abc import Callable, Sequence

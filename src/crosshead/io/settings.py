@@ -49,7 +49,8 @@ def _describe(config: type[BaseModel], value: Any, key: str, fault: Mapping[str,
     location = _keys_in(value, fault["loc"], missing=fault["type"] == "missing")
     path = ".".join(part for part in (key, *map(str, location)) if part)
     if fault["type"] == "extra_forbidden":
-        return f"{path} is not a parameter (got {fault['input']!r}); {nearest(str(location[-1]), _fields(config, location))}"
+        advice = nearest(str(location[-1]), _fields(config, location))
+        return f"{path} is not a parameter (got {fault['input']!r}); {advice}"
     if fault["type"] == "missing":
         return f"{path} is missing; add it"
     message = fault["msg"].removeprefix("Value error, ").removeprefix("Assertion failed, ")

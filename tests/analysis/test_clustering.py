@@ -1,0 +1,52 @@
+import numpy as np
+import pytest
+
+from crosshead.analysis.clustering import ClusterConfig, analyse_loadings, loading_vectors
+
+CONFIG = ClusterConfig(runs=("r",), largest_k=64, seeds=2, minimum_k_for_fit=32, bootstraps=5)
+
+
+def planted(sizes: list[int], heads: int = 9, seed: int = 0):
+    generator = np.random.default_rng(seed)
+    centres = generator.normal(size=(len(sizes), heads))
+    rows = [c + 0.01 * generator.normal(size=(n, heads)) for c, n in zip(centres, sizes, strict=True)]
+    return np.concatenate(rows)
+
+
+def test_vectors_are_flipped_scaled_and_without_dead_features():
+    loadings = np.array([[-3.0, 4.0], [-8.0, 6.0], [0.0, 0.0], [1.0, 1.0]])
+    vectors = loading_vectors(loadings, np.array([True, True, True, False]))
+    assert vectors == pytest.approx(np.array([[-0.6, 0.8], [0.8, -0.6]]))
+
+
+def test_planted_clusters_are_found_with_their_sizes():
+    loadings = planted([300, 100, 60, 52])
+    result = analyse_loadings("x", loadings, np.ones(512, dtype=bool), CONFIG)
+    at_four = [s["sizes"] for s in result["sizes"] if s["source"] == "x" and s["k"] == 4]
+    assert [300, 100, 60, 52] in at_four
+
+
+def test_every_null_gets_the_same_analysis():
+    result = analyse_loadings("x", planted([256, 256]), np.ones(512, dtype=bool), CONFIG)
+    sources = {"x", "x/shuffled", "x/gaussian"}
+    assert {s["source"] for s in result["sizes"]} == sources
+    assert {(c["source"], c["k"]) for c in result["clusters"]} == {(s, k) for s in sources for k in (32, 64)}
+    assert result["n_features"] == {"x": 512}
+
+
+def test_seeds_agree_on_planted_clusters_more_than_on_shuffled_loadings():
+    result = analyse_loadings("x", planted([128] * 4), np.ones(512, dtype=bool), CONFIG)
+    agreement = {(a["source"], a["k"]): a["adjusted_rand"] for a in result["agreement"]}
+    assert agreement["x", 4] > agreement["x/gaussian", 4]
+
+
+def test_k_stays_below_an_eighth_of_the_live_features():
+    result = analyse_loadings("x", planted([100, 100]), np.ones(200, dtype=bool), CONFIG)
+    assert max(s["k"] for s in result["sizes"]) == 16
+
+
+def test_the_analysis_is_reproducible():
+    loadings = planted([200, 56])
+    assert analyse_loadings("x", loadings, np.ones(256, dtype=bool), CONFIG) == analyse_loadings(
+        "x", loadings, np.ones(256, dtype=bool), CONFIG
+    )

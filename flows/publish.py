@@ -10,6 +10,9 @@ from flows._tracking import TrackedRun, experiment_name, final_metrics, find_run
 
 __all__ = ["publish"]
 
+_PARAMETERS = ("features", "heads_per_feature", "target", "sparsity", "control", "steps", "tokens_trained",
+               "parameters")  # fmt: skip
+
 
 def publish(params: Params) -> list[str]:
     """Log every run that has a report and is not in MLflow with the same figures. Returns the names of those logged."""
@@ -26,19 +29,9 @@ def publish(params: Params) -> list[str]:
             continue
         home = Path(params.paths.data, "runs", run.name)
         history = read_json(home / "history.json") if (home / "history.json").exists() else []
-        kept = (
-            "features",
-            "heads_per_feature",
-            "target",
-            "sparsity",
-            "control",
-            "steps",
-            "tokens_trained",
-            "parameters",
-        )
         tags = run_tags(stage, params.profile, run.series, run.seed, record["architecture"], record["layers"])
         tracked = TrackedRun(experiment, run.name, f"published-{mark}-{run.name}",
-                             parameters={key: record[key] for key in kept}, tags=tags)  # fmt: skip
+                             parameters={key: record[key] for key in _PARAMETERS}, tags=tags)  # fmt: skip
         tracked.finish(history, final_metrics(record), home)
         logged.append(run.name)
     return logged

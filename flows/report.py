@@ -1,10 +1,61 @@
-"""report."""
+"""Put together what the stages measured: metrics, figures, findings."""
 
+from pathlib import Path
+from typing import Any
+
+from crosshead.analysis.findings import ReportConfig, collect, judge
+from crosshead.analysis.frontiers import sum_points
+from crosshead.io.files import atomic_directory, read_json, write_json, write_text
+from crosshead.reporting import figures
+from crosshead.reporting.render import render_html, render_markdown
 from flows._runtime import Stage, main
 
 
 def report(stage: Stage) -> None:
-    """Report."""
+    """Write metrics.json, plots, figures, findings.md and findings.html."""
+    config = stage.section("report", ReportConfig)
+    records = [read_json(stage.reports / "runs" / f"{run}.json") for run in stage.sections["runs"]]
+    clusters = read_json(stage.data / "clusters" / "clusters.json")
+    metrics = collect(
+        records,
+        profile=stage.profile,
+        config=config,
+        provenance=read_json(stage.data / "model" / "provenance.json"),
+        corpus=read_json(stage.data / "corpus" / "manifest.json"),
+        layers=read_json(stage.data / "survey" / "layers.json"),
+        survey=read_json(stage.data / "survey" / "survey.json"),
+        references=read_json(stage.data / "references" / "references.json"),
+        clusters=clusters,
+        audit=read_json(stage.data / "audit" / "audit.json"),
+        inputs={path.stem: read_json(path) for path in sorted(Path(stage.sections["paths"]["inputs"]).glob("*.json"))},
+    )
+    findings = judge(metrics, config)
+    metrics["findings"] = [finding.model_dump(mode="json") for finding in findings]
+    with atomic_directory(stage.reports / "figures") as directory:
+        _draw(metrics, records, clusters, config, directory)
+    with atomic_directory(stage.reports / "plots") as directory:
+        keys = ("run", "series", "l0", "normalised_mse", "ce_recovered")
+        write_json(directory / "frontier.json", [{key: row[key] for key in keys} for row in metrics["frontier"]])
+    write_json(stage.reports / "metrics.json", metrics)
+    markdown = render_markdown(metrics, findings)
+    write_text(stage.reports / "findings.md", markdown)
+    write_text(stage.reports / "findings.html", render_html(markdown, stage.reports / "figures"))
+
+
+def _draw(metrics: dict[str, Any], records: list[Any], clusters: Any, config: ReportConfig, directory: Path) -> None:
+    frontier = metrics["frontier"]
+    figures.head_map(metrics["survey"], metrics["layers"], directory / "head_map.png")
+    figures.mtc_frontier(frontier, metrics["references"], directory / "mtc_frontier.png")
+    figures.attention_output_frontier(frontier, directory / "attention_output_frontier.png")
+    one, other = ([r for r in records if r["series"] == series] for series in config.one_layer)
+    labels = ("two layers, equal total features", "two layers, equal features each")
+    series = dict(zip(config.two_layer, labels, strict=False))
+    series[config.two_layer_control] = "control: second layer from other contexts"
+    sums = [tuple(point) for point in sum_points(one, other)]
+    figures.value_frontier(frontier, sums, series, directory / "value_frontier.png")
+    for source in metrics["cluster_features"]:
+        path = directory / f"clusters_{source}.png"
+        figures.cluster_sizes(source, clusters["sizes"], clusters["clusters"], path)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Write what must agree with something else: ``make sync``.
 
-dvc.yaml's code dependencies equal what the stages import; every profile's dvc.yaml is a copy of the root's; the evidence
-and gpu parameters are the laptop's at other sizes.
+dvc.yaml's code dependencies equal what the stages import; every profile's dvc.yaml is a copy of the root's; the
+evidence and gpu parameters are the laptop's at other sizes.
 
 DVC does not follow imports, so every stage lists its import closure. Architectures are the one exception: the registry
 imports them by name, and a training depends on the file of its own architecture only.
@@ -99,8 +99,17 @@ def derived_parameters(profile: str) -> str:
         "inputs": f"{home}/inputs",
     }
     note = {"evidence": _evidence, "gpu": _gpu}[profile](sections)
-    text = yaml.safe_dump(sections, sort_keys=False, default_flow_style=None, width=120)
-    return f"# {note}\n# Written by `make sync` from the root's params.yaml; change flows/sync.py instead.\n{text}"
+    lines = [f"# {note}", "# Written by `make sync` from the root's params.yaml; change flows/sync.py instead."]
+    for name, section in sections.items():
+        entries = section.items() if isinstance(section, dict) and section else ()
+        lines += [f"{name}:", *(f"  {key}: {_inline(value)}" for key, value in entries)] if entries else [
+            f"{name}: {_inline(section)}"]  # fmt: skip
+    return "\n".join(lines) + "\n"
+
+
+def _inline(value: Any) -> str:
+    text = yaml.safe_dump(value, sort_keys=False, default_flow_style=True, width=10**9)
+    return text.removesuffix("\n").removesuffix("\n...")
 
 
 def _evidence(sections: Sections) -> str:
@@ -110,22 +119,20 @@ def _evidence(sections: Sections) -> str:
     for defaults in sections["dictionaries"].values():
         defaults["training"] = {"steps": 1200}
     sections["evaluation"] |= {"splice_contexts": 16}
-    points = {"mtc": (20, 30, 45, 60, 85, 110, 150, 200), "value": (8, 16, 32, 64), "output": (15, 30, 60, 110)}
+    sections["clusters"]["runs"] = ["mtc-k60-s0", "value-both-k64-s0"]
     runs: Sections = {}
     for seed in (0, 1, 2):
         for series, own in _MTC_SERIES.items():
-            for k in points["mtc"]:
+            for k in (20, 40, 60, 90, 130, 200) if series in ("mtc", "top1") else (60, 130):
                 runs[f"{series}-k{k}-s{seed}"] = _run("mtc", series, "superposition", ["first"], k, seed, own)
         for series, (layers, own) in _VALUE_SERIES.items():
-            for k in points["value"]:
-                total = k * len(layers)
-                runs[f"{series}-k{total}-s{seed}"] = _run("value_sae", series, "value-layers", layers, total, seed, own)
-        for k in points["output"]:
-            runs[f"attn-out-k{k}-s{seed}"] = _run(
-                "attn_out_sae", "attn-out-sae", "attention-output", ["first"], k, seed
-            )
+            for k in (8 * len(layers), 16 * len(layers), 32 * len(layers), 64 * len(layers)):
+                runs[f"{series}-k{k}-s{seed}"] = _run("value_sae", series, "value-layers", layers, k, seed, own)
+        for k in (15, 30, 60, 110):
+            run = _run("attn_out_sae", "attn-out-sae", "attention-output", ["first"], k, seed)
+            runs[f"attn-out-k{k}-s{seed}"] = run
     sections["runs"] = runs
-    return "The evidence profile: more sparsities, seeds and controls; hours on two cores, over as many sittings as you like."
+    return "The evidence profile: more sparsities, seeds, controls; hours on two cores, as many sittings as you like."
 
 
 _MTC_SERIES: dict[str, Sections] = {

@@ -45,7 +45,7 @@ def train(stage: Stage) -> None:
         measured = evaluate(module, heldout.all(), evaluation)
         spliced = _splice(stage, module, cache, evaluation, device)
         record = run_record(run, module, measured, spliced, tokens_trained=result.tokens)
-        _save(stage, run, module, result.history, record)
+        _save(stage, run, module, {"history": result.history, "feature_counts": measured.feature_counts}, record)
         tracked.finish(result.history, final_metrics(record), stage.data / "runs" / run.name)
 
 
@@ -74,16 +74,15 @@ def _splice(
     return cross_entropy_recovered(module, language_model, islice(batches, config.splice_contexts))
 
 
-def _save(
-    stage: Stage, run: Run, module: Dictionary, history: list[dict[str, float]], record: Mapping[str, Any]
-) -> None:
+def _save(stage: Stage, run: Run, module: Dictionary, beside: Mapping[str, Any], record: Mapping[str, Any]) -> None:
     target = stage.data / "runs" / run.name
     with atomic_directory(target) as directory:
         module.save(directory / "dictionary")
         for file in (directory / "dictionary").iterdir():
             file.rename(directory / file.name)
         (directory / "dictionary").rmdir()
-        write_json(directory / "history.json", history)
+        for name, content in beside.items():
+            write_json(directory / f"{name}.json", content)
     write_json(stage.reports / "runs" / f"{run.name}.json", record)
     write_json(stage.reports / "summaries" / f"{run.name}.json", final_metrics(record))
 

@@ -73,6 +73,8 @@ class Evaluation(BaseModel):
     """<prediction, target> / ||prediction||^2: the factor; above 1 the prediction is too small."""
     dead_fraction: float
     """Features never active in these contexts."""
+    feature_counts: list[int]
+    """Positions at which each feature was active; kept beside the run's weights, not in its metrics record."""
     density_histogram: list[int]
     """Features per bin of log10(share of positions where active); edges in ``density_edges``, dead ones left out."""
     density_edges: list[float]
@@ -141,6 +143,7 @@ def evaluate(module: Dictionary, batches: Iterable[Batch], config: EvaluationCon
         normalised_mse_refit=1.0 - sums.cross**2 / max(sums.power * variance, 1e-30),
         shrinkage=sums.cross / max(sums.power, 1e-30),
         dead_fraction=float((sums.active == 0).double().mean()),
+        feature_counts=sums.active.tolist(),
         density_histogram=[int(n) for n in histogram],
         density_edges=list(_DENSITY_EDGES),
         sites=[

@@ -44,6 +44,6 @@ def run_record(
         "ce_recovered_zero": splicing.ce_recovered_zero,
         "dead_fraction": evaluation.dead_fraction,
         "n_tokens": evaluation.n_tokens,
-        "evaluation": evaluation.model_dump(mode="json"),
+        "evaluation": evaluation.model_dump(mode="json", exclude={"feature_counts"}),
         "splicing": splicing.model_dump(mode="json"),
     }

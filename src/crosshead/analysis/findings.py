@@ -1,0 +1,313 @@
+"""From records to findings: every number of the report, and what it says of the source's claims.
+
+``collect`` gathers what the stages measured into one document, the content of ``reports/metrics.json``
+(docs/metrics.md has the schema). ``judge`` reads it and states, claim by claim, our figure, its sample size, its
+control and a verdict.
+
+A verdict is ``inconclusive`` unless its rule, written beside the claim, is met. One seed never decides.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict
+
+from crosshead.analysis.frontiers import compare_series, compare_with_sum
+
+__all__ = ["SCHEMA", "Finding", "ReportConfig", "collect", "judge"]
+
+SCHEMA = 1
+Record = dict[str, Any]
+Verdict = Literal["supports", "contradicts", "inconclusive"]
+
+_SEEDS_TO_DECIDE = 3
+_FLAT = (
+    "run", "series", "architecture", "layers", "target", "features", "heads_per_feature", "sparsity", "sparsity_value",
+    "seed", "control", "l0", "normalised_mse", "ce_recovered", "ce_recovered_zero", "dead_fraction", "n_tokens",
+    "parameters", "steps", "tokens_trained",
+)  # fmt: skip
+
+
+class ReportConfig(BaseModel):
+    """Parameters of the report stage: which series are compared."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    mtc: str = "mtc"
+    """Series of the multitoken transcoder's frontier."""
+    top1: str = "top1"
+    """Series of its single-head baseline."""
+    one_layer: tuple[str, str] = ("value-first", "value-second")
+    """Series of the two one-layer value SAEs."""
+    two_layer: tuple[str, ...] = ("value-both", "value-both-equal")
+    """Series of the two-layer value SAE, one per convention for the number of features."""
+    two_layer_control: str = "value-both-control"
+    """Series of the two-layer value SAE whose second layer's rows come from other contexts."""
+
+
+class Finding(BaseModel):
+    """One claim of the source and what we measured about it."""
+
+    key: str
+    claim: str
+    """What the source says, in our words."""
+    figure: str
+    """Our number, with its sample size."""
+    control: str
+    """What the number is held against."""
+    verdict: Verdict
+    reason: str
+    """The rule, and why it gives this verdict."""
+    picture: str | None
+    """File under figures/."""
+    commands: str
+    """What regenerates it."""
+
+
+def collect(
+    records: Sequence[Record],
+    *,
+    profile: str,
+    config: ReportConfig,
+    provenance: Record,
+    corpus: Record,
+    layers: Record,
+    survey: Sequence[Record],
+    references: Record,
+    clusters: Record,
+    audit: Record,
+    inputs: Mapping[str, Record],
+) -> Record:
+    """The content of metrics.json. ``inputs`` are finished metrics of other profiles, by label."""
+    series = _by_series(records)
+    return {
+        "schema": SCHEMA,
+        "profile": profile,
+        "model": {k: provenance.get(k) for k in ("id", "source", "revision", "sha256", "quantisation", "note")},
+        "corpus": {k: corpus.get(k) for k in ("context_length", "n_contexts", "fingerprint", "sources")},
+        "layers": layers,
+        "survey": list(survey),
+        "frontier": [{k: record[k] for k in _FLAT} | _superposition(record) for record in records],
+        "comparisons": _comparisons(series, config),
+        "references": references,
+        "clusters": clusters["clusters"],
+        "cluster_agreement": clusters["agreement"],
+        "cluster_features": clusters["n_features"],
+        "audit": audit,
+        "inputs": {label: {"profile": other["profile"], "frontier": other["frontier"],
+                           "comparisons": other["comparisons"]} for label, other in inputs.items()},
+    }  # fmt: skip
+
+
+def _by_series(records: Sequence[Record]) -> dict[str, list[Record]]:
+    series: dict[str, list[Record]] = {}
+    for record in records:
+        series.setdefault(record["series"], []).append(record)
+    return series
+
+
+def _superposition(record: Record) -> Record:
+    evaluation = record["evaluation"]
+    return {
+        "normalised_mse_refit": evaluation["normalised_mse_refit"],
+        "shrinkage": evaluation["shrinkage"],
+        "l0_query": evaluation["l0_query"],
+        "l0_triples": evaluation["l0_triples"],
+        "superposition": evaluation["superposition"],
+        "kl": record["splicing"]["kl"],
+        "delta_ce": record["splicing"]["delta_ce"],
+    }
+
+
+def _comparisons(series: Mapping[str, list[Record]], config: ReportConfig) -> Record:
+    found: Record = {}
+    if {config.mtc, config.top1} <= series.keys():
+        found["mtc_over_top1"] = _seeded(compare_series(series[config.mtc], series[config.top1]), series[config.mtc])
+    one, other = config.one_layer
+    for name in (*config.two_layer, config.two_layer_control):
+        if {name, one, other} <= series.keys():
+            comparison = compare_with_sum(series[name], series[one], series[other])
+            found[f"{name}_over_sum"] = _seeded(comparison, series[name])
+    return found
+
+
+def _seeded(comparison: BaseModel, records: Sequence[Record]) -> Record:
+    return comparison.model_dump(mode="json") | {"n_seeds": len({r["seed"] for r in records})}
+
+
+def judge(metrics: Record, config: ReportConfig) -> list[Finding]:
+    """Findings in the order of the report. Claims whose runs are missing are left out."""
+    found = [
+        _superposition_finding(metrics),
+        _heads_finding(metrics, config),
+        _identity_finding(metrics),
+        _cross_layer_finding(metrics, config),
+        *_power_law_findings(metrics),
+    ]
+    return [finding for finding in found if finding is not None]
+
+
+def _ratio_text(comparison: Record) -> str:
+    if comparison["ratio"] is None:
+        return "the two sweeps do not overlap in L0"
+    low, high = comparison["interval"]
+    first, last = comparison["l0_range"]
+    return (
+        f"normalised MSE ratio {comparison['ratio']:.3f} (95% over contexts {low:.3f} to {high:.3f}) at L0 "
+        f"{first:.0f} to {last:.0f}; {comparison['n_tokens']:,} held-out tokens in {comparison['n_contexts']} contexts, "
+        f"{comparison['n_seeds']} seed{'s' if comparison['n_seeds'] > 1 else ''}"
+    )
+
+
+def _decide(comparison: Record) -> tuple[Verdict, str]:
+    """Below 1 with its whole interval and enough seeds supports; above 1 likewise contradicts."""
+    if comparison["ratio"] is None:
+        return "inconclusive", "no common range of L0"
+    if comparison["n_seeds"] < _SEEDS_TO_DECIDE:
+        return "inconclusive", f"{comparison['n_seeds']} seed; the rule asks for {_SEEDS_TO_DECIDE}"
+    low, high = comparison["interval"]
+    if high < 1:
+        return "supports", "the whole interval lies below 1"
+    if low > 1:
+        return "contradicts", "the whole interval lies above 1"
+    return "inconclusive", "the interval holds 1"
+
+
+def _superposition_finding(metrics: Record) -> Finding | None:
+    comparison = metrics["comparisons"].get("mtc_over_top1")
+    if comparison is None:
+        return None
+    verdict, reason = _decide(comparison)
+    return Finding(
+        key="superposition",
+        claim="Binding every MTC feature to a single attention head (Top-1) makes the reconstruction worse, which "
+        "speaks for attention features spread over heads.",
+        figure=f"MTC over Top-1: {_ratio_text(comparison)}.",
+        control="Top-1 with the same start, learning rates, tokens and features; the linear Top-1 reference is drawn.",
+        verdict=verdict,
+        reason=f"Supports when the interval of the ratio lies below 1 with {_SEEDS_TO_DECIDE} seeds or more: {reason}.",
+        picture="mtc_frontier.png",
+        commands="dvc repro report",
+    )
+
+
+def _heads_finding(metrics: Record, config: ReportConfig) -> Finding | None:
+    rows = [r for r in metrics["frontier"] if r["superposition"] is not None and r["target"] == "attn_out"]
+    top1 = [r for r in rows if r["series"] == config.top1]
+    mtc = [r for r in rows if r["series"] == config.mtc]
+    if not top1 or not mtc:
+        return None
+    at = min(mtc, key=lambda r: abs(r["l0"] - 60))
+    same = min(top1, key=lambda r: abs(r["l0"] - at["l0"]))
+    few = [r for r in rows if r["heads_per_feature"] not in ("all", 1) and abs(r["l0"] - at["l0"]) < 0.25 * at["l0"]]
+    dose = "; ".join(f"{r['heads_per_feature']} heads: {r['normalised_mse']:.4f} at L0 {r['l0']:.0f}"
+                     for r in sorted([*few, same], key=lambda r: r["heads_per_feature"]))  # fmt: skip
+    s = at["superposition"]
+    return Finding(
+        key="heads-per-feature",
+        claim="Features of an MTC use more than one head.",
+        figure=f"Contributions of {at['run']} spread over {s['participation_ratio_mean']:.2f} heads per feature (median "
+        f"{s['participation_ratio_median']:.2f}; {s['n_features']:,} live features). Normalised MSE with all heads: "
+        f"{at['normalised_mse']:.4f} at L0 {at['l0']:.0f}; {dose} ({at['n_tokens']:,} held-out tokens).",
+        control=f"Top-1 by construction: {same['superposition']['participation_ratio_mean']:.2f}.",
+        verdict="inconclusive",
+        reason="The number of heads depends on the penalty on loadings; the rule asks for gram, l1 and l2 to agree, and "
+        "for a planted one-head null.",
+        picture="mtc_frontier.png",
+        commands="dvc repro report",
+    )
+
+
+def _identity_finding(metrics: Record) -> Finding | None:
+    rows = [r for r in metrics["frontier"] if r["target"] == "resid_out" and r["superposition"] is not None]
+    if not rows:
+        return None
+    row = rows[0]
+    own = [r for r in metrics["frontier"]
+           if r["architecture"] == "mtc" and r["target"] == "attn_out" and r["heads_per_feature"] == "all"
+           and r["sparsity"] == row["sparsity"]]  # fmt: skip
+    control = f"attention-output target at the same sparsity: {own[0]['superposition']['identity_share']:.1%}" if own \
+        else "none run"  # fmt: skip
+    return Finding(
+        key="identity",
+        claim="With the residual stream as target, an identity head lets the MTC fuse attention with MLP-like work.",
+        figure=f"{row['superposition']['identity_share']:.1%} of the moved energy goes through the identity; normalised "
+        f"MSE {row['normalised_mse']:.4f} at L0 {row['l0']:.0f} ({row['n_tokens']:,} held-out tokens).",
+        control=f"Identity share for the {control}.",
+        verdict="inconclusive",
+        reason="A share says that the identity is used, not that the fused operation is simpler; no rule yet.",
+        picture=None,
+        commands=f"dvc repro train@{row['run']} report",
+    )
+
+
+def _cross_layer_finding(metrics: Record, config: ReportConfig) -> Finding | None:
+    comparisons = [metrics["comparisons"].get(f"{name}_over_sum") for name in config.two_layer]
+    control = metrics["comparisons"].get(f"{config.two_layer_control}_over_sum")
+    if comparisons[0] is None:
+        return None
+    labels = ("equal total features", "equal features each")
+    figures = [f"{label}: {_ratio_text(c)}" for label, c in zip(labels, comparisons, strict=False) if c is not None]
+    verdict, reason = _decide(comparisons[0])
+    if verdict == "supports":
+        verdict, reason = (
+            "inconclusive",
+            "the gap may be shared input: controls (ii) and (iii) are not among these runs",
+        )
+    return Finding(
+        key="cross-layer",
+        claim="A value SAE over two layers reaches a better frontier than two one-layer value SAEs together, which speaks "
+        "for attention features that span layers.",
+        figure=f"Two-layer over the sum of one-layer SAEs, {'; '.join(figures)}.",
+        control="Second layer's rows from other contexts: "
+        + (_ratio_text(control) if control is not None else "not run")
+        + ".",
+        verdict=verdict,
+        reason=f"Supports only when the gap also beats rows matched by token and values recomputed from the first layer's "
+        f"input: {reason}.",
+        picture="value_frontier.png",
+        commands="dvc repro report",
+    )
+
+
+def _power_law_findings(metrics: Record) -> list[Finding]:
+    sources = dict.fromkeys(c["source"] for c in metrics["clusters"] if "/" not in c["source"])
+    return [_power_law_finding(metrics, source) for source in sources]
+
+
+def _power_law_finding(metrics: Record, source: str) -> Finding:
+    own = [c for c in metrics["clusters"] if c["source"] == source and c["alpha"] is not None]
+    nulls = [c for c in metrics["clusters"] if c["source"].startswith(f"{source}/") and c["alpha"] is not None]
+    n = metrics["cluster_features"][source]
+    if not own:
+        text = "no clustering had enough sizes for a fit"
+    else:
+        largest = max(c["k"] for c in own)
+        rows = [c for c in own if c["k"] == largest]
+        text = (f"k={largest}: alpha {_spread(rows, 'alpha')}, p {_spread(rows, 'p_value')} over {len(rows)} seeds; "
+                f"{sum(_rejected(c) for c in own)} of {len(own)} fits (k >= {min(c['k'] for c in own)}) rejected at "
+                "p <= 0.1 or beaten by a rival")  # fmt: skip
+    null_text = (f"{sum(_rejected(c) for c in nulls)} of {len(nulls)} fits of shuffled and Gaussian loadings rejected; "
+                 f"their alpha {_spread(nulls, 'alpha')}") if nulls else "no null had a fit"  # fmt: skip
+    rejected = bool(own) and all(_rejected(c) for c in own)
+    return Finding(
+        key=f"power-law-{source}",
+        claim="Sizes of clusters in head-loading space follow a power law; there are no discrete families of OV dimension.",
+        figure=f"{source}, {n:,} live features, {text}.",
+        control=f"{null_text}.",
+        verdict="contradicts" if rejected else "inconclusive",
+        reason="Contradicts when every fit is rejected; a fit that is not rejected supports nothing unless the nulls are "
+        "rejected where the data are not, over three values of k with 1,000 bootstraps.",
+        picture=f"clusters_{source}.png",
+        commands="dvc repro cluster report",
+    )
+
+
+def _rejected(fit: Record) -> bool:
+    beaten = any(r["ratio"] < 0 and r["p_value"] < 0.05 for r in fit["likelihood_ratios"].values())
+    return fit["p_value"] <= 0.1 or beaten
+
+
+def _spread(rows: Sequence[Record], key: str) -> str:
+    values = [row[key] for row in rows]
+    return f"{min(values):.2f} to {max(values):.2f}"

@@ -49,9 +49,9 @@ def _draw(metrics: dict[str, Any], records: list[Any], clusters: Any, config: Re
     figures.attention_output_frontier(frontier, directory / "attention_output_frontier.png")
     one, other = ([r for r in records if r["series"] == series] for series in config.one_layer)
     labels = ("two layers, equal total features", "two layers, equal features each")
-    series = dict(zip(config.two_layer, labels, strict=False))
+    series: dict[str, str] = dict(zip(config.two_layer, labels, strict=False))
     series[config.two_layer_control] = "control: second layer from other contexts"
-    sums = [tuple(point) for point in sum_points(one, other)]
+    sums = [(point.l0, point.mse) for point in sum_points(one, other)]
     figures.value_frontier(frontier, sums, series, directory / "value_frontier.png")
     for source in metrics["cluster_features"]:
         path = directory / f"clusters_{source}.png"

@@ -78,6 +78,7 @@ _CONFIGS: dict[str, type[BaseModel]] = {
     "clusters": ClusterConfig,
     "report": ReportConfig,
 }
+_SHOWN = 10
 _SECTIONS = ("profile", *_CONFIGS, "dictionaries", "runs")
 
 
@@ -96,7 +97,7 @@ def load_params(path: Path | str) -> Params:
     with _collecting(faults):
         found["runs"] = _read_runs(sections, path, faults)
     if faults:
-        raise ValueError("\n".join(faults))
+        raise ValueError("\n".join(dict.fromkeys(faults)))
     return Params(profile=str(sections["profile"]), **found)
 
 
@@ -137,7 +138,10 @@ def _main(paths: Sequence[str]) -> int:
         try:
             load_params(path)
         except ValueError as error:
-            print(error, file=sys.stderr)
+            lines = str(error).splitlines()
+            print("\n".join(lines[:_SHOWN]), file=sys.stderr)
+            if len(lines) > _SHOWN:
+                print(f"{path}: and {len(lines) - _SHOWN} more", file=sys.stderr)
             status = 2
     return status
 

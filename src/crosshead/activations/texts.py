@@ -22,7 +22,8 @@ def read_texts(
     """
     if not texts:
         raise ValueError("no texts given; pass at least one")
-    limit = min(context_length or model.context_limit, model.context_limit)
+    limits = [length for length in (context_length, model.context_limit) if length is not None]
+    limit = min(limits, default=None)
     rows: list[list[int]] = []
     for i, text in enumerate(texts):
         ids = model.tokenizer(text, add_special_tokens=False)["input_ids"]

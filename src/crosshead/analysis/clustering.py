@@ -80,14 +80,14 @@ def _ks(n_features: int, largest: int) -> list[int]:
 def _with_nulls(source: str, vectors: Vectors) -> Iterable[tuple[str, Vectors]]:
     yield source, vectors
     generator = np.random.default_rng(0)
-    shuffled = np.stack([generator.permutation(column) for column in vectors.T], axis=1)
+    shuffled = np.stack([generator.permutation(column) for column in vectors.T], axis=1).astype(float)
     yield f"{source}/shuffled", loading_vectors(shuffled, np.ones(len(shuffled), dtype=bool))
     gaussian = generator.multivariate_normal(vectors.mean(0), np.cov(vectors.T), size=len(vectors), method="eigh")
     yield f"{source}/gaussian", loading_vectors(gaussian, np.ones(len(gaussian), dtype=bool))
 
 
 def _labels(vectors: Vectors, k: int, seed: int) -> NDArray[np.int64]:
-    return KMeans(n_clusters=k, n_init=1, random_state=seed).fit_predict(vectors)
+    return KMeans(n_clusters=k, n_init="auto", random_state=seed).fit_predict(vectors)
 
 
 def _agreement(labels: list[NDArray[np.int64]]) -> float | None:

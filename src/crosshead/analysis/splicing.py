@@ -44,7 +44,7 @@ class Splicing(BaseModel):
 @torch.no_grad()
 def cross_entropy_recovered(module: Dictionary, model: LanguageModel, batches: Iterable[Batch]) -> Splicing:
     """Splice a dictionary's reconstructions into the base model. All its target sites are replaced together."""
-    totals = dict.fromkeys(("clean", "spliced", "zero", "mean", "kl"), 0.0)
+    totals: dict[str, float] = dict.fromkeys(("clean", "spliced", "zero", "mean", "kl"), 0.0)
     per_context: list[float] = []
     n_tokens = 0
     for batch in batches:

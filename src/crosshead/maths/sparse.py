@@ -66,7 +66,7 @@ class SparseCodes:
     def from_dense(cls, dense: Float[Tensor, "N F"], active: Bool[Tensor, "N F"] | None = None) -> "SparseCodes":
         """The codes of a dense matrix, non-zero where ``active`` (by default where it is not zero)."""
         rows, columns = torch.nonzero(dense != 0 if active is None else active, as_tuple=True)
-        return cls(rows, columns, dense[rows, columns], *dense.shape)
+        return cls(rows, columns, dense[rows, columns], dense.shape[0], dense.shape[1])
 
     def feature_sums(self) -> Float[Tensor, " F"]:
         """sum_t f_ti for every feature."""

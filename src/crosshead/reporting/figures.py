@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
+from matplotlib import ticker
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -13,7 +14,7 @@ from crosshead.io.files import atomic_path
 __all__ = ["attention_output_frontier", "cluster_sizes", "head_map", "mtc_frontier", "value_frontier"]
 
 Record = dict[str, Any]
-_STYLE = {
+_STYLE: Any = {
     "font.size": 9,
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -36,10 +37,10 @@ def _frontier_axes(title: str) -> tuple[Figure, Axes]:
     axes.set(xscale="log", yscale="log", xlabel="L0: active features per position (key side)",
              ylabel="normalised MSE on held-out contexts", title=title)  # fmt: skip
     for axis in (axes.xaxis, axes.yaxis):
-        axis.set_major_formatter(mpl.ticker.FuncFormatter(lambda v, _: f"{v:g}"))
-        axis.set_minor_formatter(mpl.ticker.NullFormatter())
-    axes.xaxis.set_major_locator(mpl.ticker.LogLocator(subs=(1, 2, 3, 5)))
-    axes.yaxis.set_major_locator(mpl.ticker.LogLocator(subs=(1, 2, 3, 5)))
+        axis.set_major_formatter(ticker.FuncFormatter(lambda v, _: f"{v:g}"))
+        axis.set_minor_formatter(ticker.NullFormatter())
+    axes.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 3, 5)))
+    axes.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 3, 5)))
     return figure, axes
 
 

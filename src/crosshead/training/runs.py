@@ -42,7 +42,7 @@ class Run(_Entry):
     name: str
     """Its key under ``runs:``."""
     schedule: TrainingConfig
-    """The ``training`` section with this run's overrides."""
+    """The ``training`` section with the overrides of its architecture and its own."""
     dictionary: dict[str, Any]
     """The architecture's parameters; ``layers`` may name the survey's layers."""
 
@@ -54,7 +54,10 @@ class Run(_Entry):
 def read_run(
     name: str, entry: Any, defaults: Mapping[str, Any], training: Mapping[str, Any], source: Path | str
 ) -> Run:
-    """Validate ``runs.<name>`` over ``dictionaries.<kind>`` and ``training``. ValueError names the key at fault."""
+    """Validate ``runs.<name>`` over ``dictionaries.<kind>`` and ``training``. ValueError names the key at fault.
+
+    An architecture's defaults may hold a ``training`` of their own, between the general one and the run's.
+    """
     key = f"runs.{name}"
     if not isinstance(entry, dict):
         raise ValueError(
@@ -63,12 +66,22 @@ def read_run(
     kind = entry.get("kind")
     if kind not in KINDS:
         raise ValueError(f"{source}: {key}.kind = {kind!r} is not an architecture; {nearest(str(kind), KINDS)}")
+    _refuse_unknown_defaults(kind, defaults, source)
     own = {field: value for field, value in entry.items() if field in _Entry.model_fields}
-    dictionary = {**defaults, **{field: value for field, value in entry.items() if field not in own}, "kind": kind}
+    usual = {field: value for field, value in defaults.items() if field != "training"}
+    dictionary = {**usual, **{field: value for field, value in entry.items() if field not in own}, "kind": kind}
     _dictionary_config(kind, dictionary, _SOME_LAYERS, key, source)
     general = parse_section(_Entry, own, key, source)
-    schedule = parse_section(TrainingConfig, {**training, **general.training}, f"{key}.training", source)
+    steps = {**training, **(defaults.get("training") or {}), **general.training}
+    schedule = parse_section(TrainingConfig, steps, f"{key}.training", source)
     return Run(**dict(general), name=name, schedule=schedule, dictionary=dictionary)
+
+
+def _refuse_unknown_defaults(kind: str, defaults: Mapping[str, Any], source: Path | str) -> None:
+    known = [*(field for field in config_class(kind).model_fields if field != "kind"), "training"]
+    for field in defaults:
+        if field not in known:
+            raise ValueError(f"{source}: dictionaries.{kind}.{field} is not a parameter; {nearest(field, known)}")
 
 
 def _dictionary_config(

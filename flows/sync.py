@@ -25,6 +25,7 @@ __all__ = ["PROFILES", "ROOT", "code_closure", "derived_parameters", "stage_name
 ROOT = Path(__file__).resolve().parents[1]
 PROFILES = ("smoke", "evidence", "gpu")
 _REGISTRY = "crosshead.dictionaries.registry"
+_TEMPLATES = "src/crosshead/reporting/templates"
 _ARCHITECTURES = {f"crosshead.dictionaries.{kind}" for kind in KINDS}
 
 Sections = dict[str, Any]
@@ -39,8 +40,9 @@ def code_closure(stage: str, graph: grimp.ImportGraph | None = None) -> list[str
     """The files a stage imports, packages included, as dvc.yaml should list them."""
     graph = graph or import_graph()
     found = _closure(graph, {f"flows.{stage}"})
+    beside = {_TEMPLATES} if "crosshead.reporting.render" in found else set()
     if _REGISTRY not in found:
-        return sorted(_path(module) for module in found)
+        return sorted({_path(module) for module in found} | beside)
     found |= _closure(graph, _ARCHITECTURES)
     if stage != "train":
         return sorted(_path(module) for module in found)

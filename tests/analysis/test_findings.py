@@ -1,0 +1,57 @@
+import copy
+
+import pytest
+
+from crosshead.analysis.findings import ReportConfig, collect, judge
+from tests.analysis.records import documents
+
+CONFIG = ReportConfig()
+
+
+def metrics(seeds=(0,), top1_factor: float = 1.1, both_factor: float = 0.9, p_value: float = 0.5):
+    return collect(**documents(seeds, top1_factor, both_factor, p_value), profile="test", config=CONFIG, inputs={})
+
+
+def verdict(found, key: str) -> str:
+    return next(f.verdict for f in judge(found, CONFIG) if f.key == key)
+
+
+def test_one_seed_never_decides():
+    assert verdict(metrics(), "superposition") == "inconclusive"
+    assert verdict(metrics(), "cross-layer") == "inconclusive"
+
+
+@pytest.mark.parametrize(("factor", "expected"), [(1.1, "supports"), (0.9, "contradicts")])
+def test_three_seeds_and_an_interval_on_one_side_decide_superposition(factor, expected):
+    assert verdict(metrics((0, 1, 2), top1_factor=factor), "superposition") == expected
+
+
+def test_a_two_layer_gap_without_the_matched_controls_stays_inconclusive_and_its_absence_contradicts():
+    assert verdict(metrics((0, 1, 2), both_factor=0.8), "cross-layer") == "inconclusive"
+    assert verdict(metrics((0, 1, 2), both_factor=1.3), "cross-layer") == "contradicts"
+
+
+def test_power_laws_are_contradicted_only_when_every_fit_is_rejected():
+    assert verdict(metrics(p_value=0.5), "power-law-mtc-30") == "inconclusive"
+    assert verdict(metrics(p_value=0.0), "power-law-mtc-30") == "contradicts"
+
+
+def test_every_finding_states_sample_size_and_control():
+    for finding in judge(metrics(), CONFIG):
+        assert finding.control
+        assert finding.reason
+        assert any(word in finding.figure for word in ("tokens", "features")), finding.key
+
+
+def test_the_frontier_has_the_documented_fields():
+    row = metrics()["frontier"][0]
+    documented = {"run", "architecture", "layers", "target", "features", "heads_per_feature", "sparsity", "seed", "l0",
+                  "normalised_mse", "ce_recovered", "dead_fraction", "n_tokens"}  # fmt: skip
+    assert documented <= row.keys()
+
+
+def test_claims_without_runs_are_left_out():
+    found = copy.deepcopy(metrics())
+    found["comparisons"] = {}
+    found["clusters"] = []
+    assert {f.key for f in judge(found, CONFIG)} == {"heads-per-feature", "identity"}

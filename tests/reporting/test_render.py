@@ -1,0 +1,77 @@
+import re
+
+import pytest
+
+from crosshead.analysis.findings import ReportConfig, collect, judge
+from crosshead.reporting import figures
+from crosshead.reporting.render import render_html, render_markdown
+from tests.analysis.records import documents
+
+CONFIG = ReportConfig()
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory):
+    inputs = {"gpu": {"profile": "gpu", "frontier": [], "comparisons": {}}}
+    metrics = collect(**documents(), profile="test", config=CONFIG, inputs=inputs)
+    directory = tmp_path_factory.mktemp("figures")
+    draw(metrics, directory)
+    markdown = render_markdown(metrics, judge(metrics, CONFIG))
+    return metrics, markdown, render_html(markdown, directory), directory
+
+
+def draw(metrics, directory):
+    clusters = documents()["clusters"]
+    figures.head_map(metrics["survey"], metrics["layers"], directory / "head_map.png")
+    figures.mtc_frontier(metrics["frontier"], metrics["references"], directory / "mtc_frontier.png")
+    figures.value_frontier(metrics["frontier"], [(60.0, 0.1), (120.0, 0.05)], {"value-both": "both"},
+                           directory / "value_frontier.png")  # fmt: skip
+    figures.attention_output_frontier(metrics["frontier"], directory / "attention_output_frontier.png")
+    figures.cluster_sizes("mtc-30", clusters["sizes"], clusters["clusters"], directory / "clusters_mtc-30.png")
+
+
+def test_the_page_needs_nothing_outside_itself(report):
+    page = report[2]
+    assert not re.search(r'(src|href)="(?!data:image/png;base64,)', page)
+    assert "<script" not in page
+
+
+def test_every_picture_of_the_markdown_is_in_the_page(report):
+    _, markdown, page, directory = report
+    pictures = re.findall(r"figures/([\w.-]+\.png)", markdown)
+    assert {p.name for p in directory.iterdir()} == set(pictures)
+    assert page.count("<img ") == len(pictures)
+
+
+def test_every_run_and_verdict_is_shown(report):
+    metrics, markdown, page, _ = report
+    for row in metrics["frontier"]:
+        assert f"| {row['run']} |" in markdown
+    for finding in judge(metrics, CONFIG):
+        assert finding.claim in markdown
+    assert page.count('class="verdict inconclusive"') == len(judge(metrics, CONFIG))
+
+
+def test_the_quantised_weights_are_named(report):
+    assert "4-bit weights." in report[1]
+
+
+def test_numbers_align_right_and_words_left(report):
+    page = report[2]
+    assert '<th class="number">normalised MSE</th>' in page
+    assert '<th class="text">run</th>' in page
+
+
+def test_labelled_inputs_have_their_own_section(report):
+    assert "## Labelled input: gpu" in report[1]
+
+
+def test_text_is_escaped(tmp_path):
+    assert "&lt;b&gt;" in render_html("# a <b> title\n\nwords", tmp_path)
+
+
+def test_equal_numbers_give_equal_bytes(report, tmp_path):
+    metrics, _, _, directory = report
+    draw(metrics, tmp_path)
+    for path in directory.iterdir():
+        assert path.read_bytes() == (tmp_path / path.name).read_bytes(), path.name

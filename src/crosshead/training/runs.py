@@ -66,22 +66,27 @@ def read_run(
     kind = entry.get("kind")
     if kind not in KINDS:
         raise ValueError(f"{source}: {key}.kind = {kind!r} is not an architecture; {nearest(str(kind), KINDS)}")
-    _refuse_unknown_defaults(kind, defaults, source)
+    usual, steps = _defaults(kind, defaults, training, source)
     own = {field: value for field, value in entry.items() if field in _Entry.model_fields}
-    usual = {field: value for field, value in defaults.items() if field != "training"}
     dictionary = {**usual, **{field: value for field, value in entry.items() if field not in own}, "kind": kind}
     _dictionary_config(kind, dictionary, _SOME_LAYERS, key, source)
     general = parse_section(_Entry, own, key, source)
-    steps = {**training, **(defaults.get("training") or {}), **general.training}
-    schedule = parse_section(TrainingConfig, steps, f"{key}.training", source)
+    schedule = parse_section(TrainingConfig, {**steps, **general.training}, f"{key}.training", source)
     return Run(**dict(general), name=name, schedule=schedule, dictionary=dictionary)
 
 
-def _refuse_unknown_defaults(kind: str, defaults: Mapping[str, Any], source: Path | str) -> None:
+def _defaults(
+    kind: str, defaults: Mapping[str, Any], training: Mapping[str, Any], source: Path | str
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """An architecture's parameters and schedule before a run's own: faults belong to the defaults, not to the run."""
     known = [*(field for field in config_class(kind).model_fields if field != "kind"), "training"]
     for field in defaults:
         if field not in known:
             raise ValueError(f"{source}: dictionaries.{kind}.{field} is not a parameter; {nearest(field, known)}")
+    parse_section(TrainingConfig, training, "training", source)
+    steps = {**training, **(defaults.get("training") or {})}
+    parse_section(TrainingConfig, steps, f"dictionaries.{kind}.training", source)
+    return {field: value for field, value in defaults.items() if field != "training"}, steps
 
 
 def _dictionary_config(
@@ -90,7 +95,9 @@ def _dictionary_config(
     chosen = dictionary.get("layers", ())
     for layer in chosen if isinstance(chosen, list | tuple) else ():
         if isinstance(layer, str) and layer not in layers:
-            raise ValueError(f"{source}: {key}.layers names {layer!r}; write a number or {nearest(layer, LAYER_NAMES)}")
+            raise ValueError(
+                f"{source}: {key}.layers names {layer!r}, which is no layer; {nearest(layer, LAYER_NAMES)}"
+            )
     if isinstance(chosen, list | tuple):
         chosen = [layers.get(layer, layer) if isinstance(layer, str) else layer for layer in chosen]
     return parse_section(config_class(kind), {**dictionary, "layers": chosen}, key, source)

@@ -1,0 +1,151 @@
+"""Parameter files: the committed ones are valid, wrong ones say what is wrong, what was got and what to do."""
+
+import copy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from crosshead.params import load_params
+
+ROOT = Path(__file__).resolve().parents[1]
+FILES = [ROOT / "params.yaml", *sorted(ROOT.glob("flows/profiles/*/params.yaml"))]
+
+
+@pytest.fixture
+def sections() -> dict:
+    return yaml.safe_load((ROOT / "flows/profiles/smoke/params.yaml").read_text())
+
+
+def fault(tmp_path: Path, sections: dict) -> str:
+    path = tmp_path / "params.yaml"
+    path.write_text(yaml.safe_dump(sections))
+    with pytest.raises(ValueError, match=r"params\.yaml: ") as caught:
+        load_params(path)
+    return str(caught.value).replace(str(path), "params.yaml")
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.parent.name)
+def test_every_committed_profile_is_valid(path: Path):
+    params = load_params(path)
+    assert (ROOT / params.paths.params).resolve() == path
+    assert (path.parent / params.paths.root).resolve() == ROOT
+    assert (ROOT / params.paths.inputs).is_dir()
+
+
+def test_there_are_four_profiles_with_outputs_of_their_own():
+    every = [load_params(path) for path in FILES]
+    assert {params.profile for params in every} == {"laptop", "smoke", "evidence", "gpu"}
+    assert len({params.paths.data for params in every}) == len({params.paths.reports for params in every}) == 4
+
+
+def test_smoke_has_at_most_eight_runs_and_every_architecture():
+    runs = load_params(ROOT / "flows/profiles/smoke/params.yaml").runs
+    assert len(runs) <= 8
+    assert {run.kind for run in runs.values()} == {"mtc", "value_sae", "attn_out_sae"}
+
+
+def test_gpu_trains_100_000_features_on_tens_of_millions_of_tokens():
+    params = load_params(ROOT / "flows/profiles/gpu/params.yaml")
+    mtcs = [run for run in params.runs.values() if run.kind == "mtc"]
+    assert all(run.dictionary_config({"first": 17, "second": 23, "adjacent": 18}).features == 100_000 for run in mtcs)
+    schedule = mtcs[0].schedule
+    assert schedule.steps * schedule.contexts_per_batch * params.corpus.context_length > 20e6
+    assert schedule.autocast == "bf16"
+
+
+WRONG = {
+    "misspelt parameter": (
+        "training.stepz", 40, "params.yaml: training.stepz is not a parameter (got 40); did you mean 'steps'?"
+    ),
+    "misspelt section": ("trainnig", {}, "params.yaml: trainnig is not a section; did you mean 'training'?"),
+    "unknown parameter": ("survey.zzz", 1, "survey.zzz is not a parameter (got 1); choose one of: sequences"),
+    "wrong type": ("training.steps", "many", "training.steps = 'many': input should be a valid integer"),
+    "out of range": ("training.steps", 0, "training.steps = 0: input should be greater than 0"),
+    "no such choice": ("machine.device", "tpu", "machine.device = 'tpu': input should be 'auto', 'cpu' or 'cuda'"),
+    "model source": ("model.source", "ftp", "model.source = 'ftp': input should be 'pypi', 'hub' or 'local'"),
+    "unknown architecture": (
+        "runs.mtc-k20.kind", "mct", "runs.mtc-k20.kind = 'mct' is not an architecture; did you mean 'mtc'?"
+    ),
+    "defaults of an unknown architecture": ("dictionaries.clt", {}, "dictionaries.clt is not an architecture"),
+    "misspelt default": (
+        "dictionaries.mtc.featurs", 9, "dictionaries.mtc.featurs is not a parameter; did you mean 'features'?"
+    ),
+    "wrong schedule of an architecture": (
+        "dictionaries.mtc.training", {"steps": 0}, "dictionaries.mtc.training.steps = 0: input should be greater than 0"
+    ),
+    "misspelt parameter of a run": (
+        "runs.mtc-k20.heads_per_featur", 2,
+        "runs.mtc-k20.heads_per_featur is not a parameter (got 2); did you mean 'heads_per_feature'?",
+    ),
+    "missing sparsity parameter": (
+        "runs.mtc-k20.sparsity", {"kind": "batch_topk"}, "runs.mtc-k20.sparsity.k is missing; add it"
+    ),
+    "misspelt sparsity parameter": (
+        "runs.mtc-k20.sparsity", {"kind": "batch_topk", "k": 3, "anneal_form": 3},
+        "runs.mtc-k20.sparsity.anneal_form is not a parameter (got 3); did you mean 'anneal_from'?",
+    ),
+    "unknown sparsity": ("runs.mtc-k20.sparsity", {"kind": "top_k", "k": 3}, "runs.mtc-k20.sparsity = "),
+    "layer name": (
+        "runs.mtc-k20.layers", ["frist"], "runs.mtc-k20.layers names 'frist', which is no layer; did you mean 'first'?"
+    ),
+    "too many layers": ("runs.mtc-k20.layers", ["first", "second"], "runs.mtc-k20.layers"),
+    "misspelt override": (
+        "runs.mtc-k20.training", {"stepz": 3}, "runs.mtc-k20.training.stepz is not a parameter (got 3)"
+    ),
+    "run without a series": ("runs.mtc-k20.series", None, "runs.mtc-k20.series = None"),
+    "run that is no mapping": ("runs.mtc-k20", 60, "runs.mtc-k20 = 60 is not a mapping; give it kind"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_wrong_value_is_named_with_its_key_and_a_remedy(name: str, tmp_path: Path, sections: dict):
+    key, value, expected = WRONG[name]
+    *parents, last = key.split(".")
+    place = sections
+    for parent in parents:
+        place = place[parent]
+    place[last] = value
+    message = fault(tmp_path, sections)
+    assert expected in message
+    assert len(message.splitlines()) == 1
+
+
+def test_a_missing_section_is_named(tmp_path: Path, sections: dict):
+    del sections["survey"]
+    assert "survey is missing; add it" in fault(tmp_path, sections)
+
+
+def test_all_faults_are_told_at_once(tmp_path: Path, sections: dict):
+    sections["training"]["steps"] = -1
+    sections["machine"]["threads"] = 0
+    message = fault(tmp_path, sections)
+    assert "training.steps = -1" in message
+    assert "machine.threads = 0" in message
+
+
+def test_a_run_overrides_its_architecture_which_overrides_training(tmp_path: Path, sections: dict):
+    sections["training"]["steps"] = 10
+    sections["dictionaries"]["value_sae"]["training"] = {"steps": 20}
+    other = copy.deepcopy(sections["runs"]["value-first-k8"])
+    sections["runs"]["own"] = other | {"training": {"steps": 30}, "features": 7}
+    path = tmp_path / "params.yaml"
+    path.write_text(yaml.safe_dump(sections))
+    runs = load_params(path).runs
+    assert [runs[name].schedule.steps for name in ("mtc-k20", "value-first-k8", "own")] == [10, 20, 30]
+    assert runs["own"].dictionary_config({"first": 3}).features == 7
+    assert runs["own"].dictionary_config({"first": 3}).layers == (3,)
+
+
+def test_the_command_prints_one_line_and_no_traceback(tmp_path: Path, sections: dict):
+    sections["training"]["stepz"] = 40
+    path = tmp_path / "params.yaml"
+    path.write_text(yaml.safe_dump(sections))
+    command = [sys.executable, "-m", "crosshead.params", path]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 2
+    assert result.stdout == ""
+    assert len(result.stderr.splitlines()) == 1
+    assert result.stderr.startswith(f"{path}: training.stepz is not a parameter (got 40); did you mean 'steps'?")

@@ -1,0 +1,132 @@
+"""What must agree across the repository: stages and flows, dependencies and imports, profiles, contracts, style."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from crosshead.dictionaries.registry import KINDS
+from flows.sync import PROFILES, ROOT, code_closure, derived_parameters, import_graph, stage_names
+
+PIPELINE = yaml.safe_load((ROOT / "dvc.yaml").read_text())
+STAGES = stage_names()
+NOT_STAGES = {"findings", "publish", "servers", "sync"}
+
+
+@pytest.fixture(scope="module")
+def graph():
+    return import_graph()
+
+
+def definition(stage: str) -> dict:
+    found = PIPELINE["stages"][stage]
+    return found.get("do", found)
+
+
+def code(stage: str) -> list[str]:
+    return [dep for dep in definition(stage)["deps"] if dep.startswith(("src/", "flows/"))]
+
+
+def test_stages_and_flows_map_one_to_one():
+    flows = {path.stem for path in (ROOT / "flows").glob("*.py") if not path.stem.startswith("_")}
+    assert flows - NOT_STAGES == set(STAGES)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_code_dependencies_are_what_the_stage_imports(stage: str, graph):
+    assert code(stage) == code_closure(stage, graph), "run `make sync`"
+
+
+# Heavy packages once, then every stage in a fork of its own that has none of our modules yet.
+_LOADED = """
+import json, os, sys
+import mlflow, torch, transformers
+for stage in sys.argv[1:]:
+    sys.stdout.flush()
+    if child := os.fork():
+        os.waitpid(child, 0)
+        continue
+    __import__(f"flows.{stage}")
+    ours = [m for n, m in sys.modules.items() if n.split(".")[0] in ("crosshead", "flows")]
+    print(json.dumps([stage, [m.__file__ for m in ours if getattr(m, "__file__", None)]]))
+    sys.stdout.flush()
+    os._exit(0)
+"""
+
+
+def test_what_a_stage_loads_is_among_its_dependencies():
+    """The interpreter's own list of modules, against the list that was read off the source."""
+    command = [sys.executable, "-c", _LOADED, *STAGES]
+    loaded = dict(json.loads(line) for line in subprocess.check_output(command, cwd=ROOT, text=True).splitlines())
+    assert set(loaded) == set(STAGES)
+    for stage, files in loaded.items():
+        listed = {dep.replace("${item.kind}", kind) for dep in code(stage) for kind in KINDS}
+        assert {Path(file).relative_to(ROOT).as_posix() for file in files} <= listed, stage
+
+
+def test_a_training_depends_on_no_architecture_but_its_own():
+    listed = [Path(dep).stem for dep in code("train") if Path(dep).parent.name == "dictionaries"]
+    assert "${item.kind}" in listed
+    assert not set(KINDS) & set(listed)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_stage_runs_from_the_root_and_leaves_earlier_outputs_alone(stage: str):
+    found = definition(stage)
+    assert found["wdir"] == "${paths.root}"
+    assert found["cmd"].startswith(f"exec python -m flows.{stage} --params ${{paths.params}}")
+    for out in found["outs"]:
+        ((_, flags),) = out.items()
+        assert flags["persist"]
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+def test_every_profile_has_the_same_stages(profile: str):
+    copy = ROOT / "flows" / "profiles" / profile / "dvc.yaml"
+    assert copy.read_bytes() == (ROOT / "dvc.yaml").read_bytes(), "run `make sync`"
+
+
+@pytest.mark.parametrize("profile", [profile for profile in PROFILES if profile != "smoke"])
+def test_derived_parameters_are_those_of_the_laptop_at_other_sizes(profile: str):
+    path = ROOT / "flows" / "profiles" / profile / "params.yaml"
+    assert path.read_text() == derived_parameters(profile), "run `make sync`"
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["ruff", "check", "--no-cache", "."],
+        ["ruff", "format", "--no-cache", "--check", "src", "flows", "tests"],
+        ["lint-imports", "--no-cache"],
+    ],
+    ids=["lint", "format", "imports"],
+)
+def test_style_and_import_contracts_hold(command: list[str]):
+    program = Path(sys.executable).with_name(command[0])
+    result = subprocess.run([program, *command[1:]], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
+def test_nothing_phones_home():
+    config = (ROOT / ".dvc" / "config").read_text()
+    assert "analytics = false" in config
+    assert "check_update = false" in config
+    script = "from prefect.settings import get_current_settings as s; print(s().server.analytics_enabled)"
+    assert subprocess.check_output([sys.executable, "-c", script], cwd=ROOT, text=True).strip() == "False"
+
+
+def test_starting_a_stage_loads_neither_prefect_nor_dvc():
+    """Start-up is paid by every stage instance."""
+    script = (
+        "import sys, flows.train; print(*(n for n in ('prefect', 'dvc', 'matplotlib', 'sklearn') if n in sys.modules))"
+    )
+    assert subprocess.check_output([sys.executable, "-c", script], cwd=ROOT, text=True).strip() == ""
+
+
+def test_the_ci_script_runs_the_tests():
+    script = ROOT / ".ci" / "run"
+    assert script.stat().st_mode & 0o111
+    assert "make test" in script.read_text()

@@ -32,13 +32,15 @@ def reap_killed_runs() -> int:
     """Mark flow runs of this host as crashed whose process no longer lives; the server still thinks they run."""
     from prefect.client.orchestration import get_client
     from prefect.client.schemas.filters import FlowRunFilter
+    from prefect.client.schemas.sorting import FlowRunSort
     from prefect.states import Crashed
 
     host = f"host:{socket.gethostname()}"
     reaped = 0
     with get_client(sync_client=True) as client:
         running = FlowRunFilter.model_validate({"state": {"type": {"any_": ["RUNNING"]}}, "tags": {"all_": [host]}})
-        for flow_run in client.read_flow_runs(flow_run_filter=running):
+        newest_first = FlowRunSort.START_TIME_DESC
+        for flow_run in client.read_flow_runs(flow_run_filter=running, sort=newest_first, limit=200):
             pids = [int(tag.removeprefix("pid:")) for tag in flow_run.tags if tag.startswith("pid:")]
             if not any(_alive(pid) for pid in pids):
                 client.set_flow_run_state(flow_run.id, Crashed(message="its process was killed"), force=True)

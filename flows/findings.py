@@ -23,6 +23,7 @@ from prefect.artifacts import (
 )
 from prefect.cache_policies import NO_CACHE
 from prefect.futures import PrefectFuture, as_completed
+from prefect.settings import PREFECT_API_URL, temporary_settings
 from prefect.task_runners import ThreadPoolTaskRunner
 
 from crosshead.io.files import read_json
@@ -139,8 +140,8 @@ def _main() -> int:
         print(f"--workers {options.workers} --pipeline {options.pipeline}: give one worker or more and a dvc.yaml that "
               "exists", file=sys.stderr)  # fmt: skip
         return 2
-    with prefect_server() as address:
-        os.environ["PREFECT_API_URL"] = address
+    # Prefect has read its settings when it was imported above.
+    with prefect_server() as address, temporary_settings(updates={PREFECT_API_URL: address}):
         print(f"Prefect  {address.removesuffix('/api')}", flush=True)
         reaped = reap_killed_runs()
         if reaped:

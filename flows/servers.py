@@ -81,10 +81,7 @@ def _main() -> None:
     os.chdir(Path(__file__).resolve().parents[1])  # prefect.toml is read from the current directory only
     with ExitStack() as stack:
         api = stack.enter_context(prefect_server())
-        print(
-            f"Prefect  {api.removesuffix('/api')}   (export PREFECT_API_URL={api} to have stages report to it)",
-            flush=True,
-        )
+        print(f"Prefect  {api.removesuffix('/api')}", flush=True)
         print(f"MLflow   {stack.enter_context(mlflow_server())}", flush=True)
         print(f"Stages report to Prefect after: export PREFECT_API_URL={api}", flush=True)
         print("Ctrl-C stops both.", flush=True)

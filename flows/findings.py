@@ -23,7 +23,6 @@ from prefect.artifacts import (
 )
 from prefect.cache_policies import NO_CACHE
 from prefect.futures import PrefectFuture, as_completed
-from prefect.settings import PREFECT_API_URL, temporary_settings
 from prefect.task_runners import ThreadPoolTaskRunner
 
 from crosshead.io.files import read_json
@@ -83,7 +82,7 @@ def findings(pipeline: str, workers: int) -> dict[str, str]:
     """Run every stage of a pipeline as soon as the stages it needs are done, ``workers`` at a time."""
     logger = get_run_logger()
     needs = stage_graph(Path(pipeline))
-    progress = create_progress_artifact(progress=0.0, key="stages", description=f"stages of {pipeline}")
+    progress: Any = create_progress_artifact(progress=0.0, key="stages", description=f"stages of {pipeline}")
     outcome: dict[str, str] = {}
     running: dict[PrefectFuture[str], str] = {}
     waiting = list(needs)
@@ -140,20 +139,27 @@ def _main() -> int:
         print(f"--workers {options.workers} --pipeline {options.pipeline}: give one worker or more and a dvc.yaml that "
               "exists", file=sys.stderr)  # fmt: skip
         return 2
-    # Prefect has read its settings when it was imported above.
-    with prefect_server() as address, temporary_settings(updates={PREFECT_API_URL: address}):
-        print(f"Prefect  {address.removesuffix('/api')}", flush=True)
-        reaped = reap_killed_runs()
-        if reaped:
-            print(f"marked {reaped} killed flow runs as crashed", flush=True)
-        runner = ThreadPoolTaskRunner(max_workers=options.workers)
-        try:
-            with tags(*process_tags()):
-                findings.with_options(task_runner=runner)(options.pipeline, options.workers)
-        except StageFailedError as error:
-            print(error, file=sys.stderr)
-            return 1
+    if not os.environ.get("PREFECT_API_URL"):
+        return _with_server(["--pipeline", options.pipeline, "--workers", str(options.workers)])
+    reaped = reap_killed_runs()
+    if reaped:
+        print(f"marked {reaped} killed flow runs as crashed", flush=True)
+    runner: Any = ThreadPoolTaskRunner(max_workers=options.workers)
+    try:
+        with tags(*process_tags()):
+            findings.with_options(task_runner=runner)(options.pipeline, options.workers)
+    except StageFailedError as error:
+        print(error, file=sys.stderr)
+        return 1
     return 0
+
+
+def _with_server(arguments: list[str]) -> int:
+    """Run again beside a server: Prefect reads its address when it is imported, and reports until the process ends."""
+    with prefect_server() as address:
+        print(f"Prefect  {address.removesuffix('/api')}", flush=True)
+        command = [sys.executable, "-m", "flows.findings", *arguments]
+        return subprocess.run(command, env=os.environ | {"PREFECT_API_URL": address}, check=False).returncode
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 from sklearn.cluster import KMeans
 from sklearn.metrics import adjusted_rand_score
+from threadpoolctl import threadpool_limits
 
 from crosshead.maths.powerlaw import fit_power_law, goodness_of_fit, likelihood_ratios
 
@@ -87,7 +88,9 @@ def _with_nulls(source: str, vectors: Vectors) -> Iterable[tuple[str, Vectors]]:
 
 
 def _labels(vectors: Vectors, k: int, seed: int) -> NDArray[np.int64]:
-    return KMeans(n_clusters=k, n_init="auto", random_state=seed).fit_predict(vectors)
+    # One thread: with more, sums depend on who finishes first, and a boundary feature could change its cluster.
+    with threadpool_limits(1):
+        return KMeans(n_clusters=k, n_init="auto", random_state=seed).fit_predict(vectors)
 
 
 def _agreement(labels: list[NDArray[np.int64]]) -> float | None:

@@ -31,6 +31,20 @@ def test_a_two_layer_gap_without_the_matched_controls_stays_inconclusive_and_its
     assert verdict(metrics((0, 1, 2), both_factor=1.3), "cross-layer") == "contradicts"
 
 
+def test_a_gap_in_the_control_leaves_the_comparison_undecided():
+    document = documents((0, 1, 2), both_factor=1.3)
+    for record in document["records"]:
+        if record["series"] == "value-both-control":
+            record["evaluation"]["context_squared_error"] = [
+                0.8 * error for error in record["evaluation"]["context_squared_error"]
+            ]
+            record["evaluation"]["normalised_mse"] *= 0.8
+    found = collect(**document, profile="test", config=CONFIG, inputs={})
+    finding = next(f for f in judge(found, CONFIG) if f.key == "cross-layer")
+    assert finding.verdict == "inconclusive"
+    assert "shows one of its own" in finding.reason
+
+
 def test_power_laws_are_contradicted_only_when_every_fit_is_rejected():
     assert verdict(metrics(p_value=0.5), "power-law-mtc-30") == "inconclusive"
     assert verdict(metrics(p_value=0.0), "power-law-mtc-30") == "contradicts"

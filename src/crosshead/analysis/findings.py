@@ -254,6 +254,13 @@ def _cross_layer_finding(metrics: Record, config: ReportConfig) -> Finding | Non
             "inconclusive",
             "the gap may be shared input: controls (ii) and (iii) are not among these runs",
         )
+    if control is not None and control["interval"] is not None and control["interval"][1] < 1:
+        verdict, reason = (
+            "inconclusive",
+            (
+                "the control, where no gap may remain, shows one of its own, so part of this gap comes from how L0 is compared"
+            ),
+        )
     return Finding(
         key="cross-layer",
         claim="A value SAE over two layers reaches a better frontier than two one-layer value SAEs together, which speaks "

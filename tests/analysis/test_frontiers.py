@@ -45,3 +45,10 @@ def test_a_two_layer_sweep_equal_to_the_sum_has_ratio_one():
     one = [record("one", l0, 1 / l0, flat) for l0 in (10, 20, 40)]
     both = [record("both", p.l0, p.mse, flat) for p in sum_points(one, one)]
     assert compare_with_sum(both, one, one).ratio == pytest.approx(1.0)
+
+
+def test_two_identical_sweeps_sum_to_one_sweep_of_twice_the_l0_or_better():
+    flat = np.ones(8)
+    one = [record("one", l0, 1 / l0, flat) for l0 in (10, 20, 40)]
+    doubled = [record("both", 2 * l0, 1 / l0, flat) for l0 in (10, 20, 40)]
+    assert compare_with_sum(doubled, one, one).ratio == pytest.approx(1.0, abs=0.01)

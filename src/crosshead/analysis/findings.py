@@ -21,6 +21,7 @@ Record = dict[str, Any]
 Verdict = Literal["supports", "contradicts", "inconclusive"]
 
 _SEEDS_TO_DECIDE = 3
+_NO_GAP = 0.98  # a control within 2% of 1 shows no gap
 _FLAT = (
     "run", "series", "architecture", "layers", "target", "features", "heads_per_feature", "sparsity", "sparsity_value",
     "seed", "control", "l0", "normalised_mse", "ce_recovered", "ce_recovered_zero", "dead_fraction", "n_tokens",
@@ -254,7 +255,7 @@ def _cross_layer_finding(metrics: Record, config: ReportConfig) -> Finding | Non
             "inconclusive",
             "the gap may be shared input: controls (ii) and (iii) are not among these runs",
         )
-    if control is not None and control["interval"] is not None and control["interval"][1] < 1:
+    if control is not None and control["interval"] is not None and control["interval"][1] < _NO_GAP:
         verdict, reason = (
             "inconclusive",
             (

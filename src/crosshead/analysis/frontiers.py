@@ -4,12 +4,13 @@ MTC against Top-1: the geometric mean of the ratio of normalised MSEs over the L
 percentile bootstrap over held-out contexts (the same contexts for both; one seed each, so the interval says nothing
 about training noise).
 
-Two-layer value SAE against the sum of two one-layer SAEs: every combination of the two one-layer sweeps is a point
-(sum of L0s, summed squared error over summed variance, every layer scaled to equal power); their lower envelope
-stands beside the two-layer sweep. After Jermyn et al., Progress on Attention (2025).
+Two-layer value SAE against the sum of two one-layer SAEs: every combination of the two one-layer sweeps, filled in
+log-linearly, is a point (sum of L0s, summed squared error over summed variance, every layer scaled to equal power);
+their lower envelope stands beside the two-layer sweep. After Jermyn et al., Progress on Attention (2025).
 """
 
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -52,18 +53,30 @@ def _mse(evaluation: Record, contexts: np.ndarray | None) -> float:
 
 
 def sum_points(first: Sequence[Record], second: Sequence[Record], contexts: np.ndarray | None = None) -> list[Point]:
-    """Lower envelope of all combinations of two one-layer sweeps."""
+    """Lower envelope of all combinations of two one-layer sweeps.
+
+    Each sweep is filled in log-linearly between its measured points first, as the sweep it is compared with is: without
+    that, unequal combinations stand above the chord of their neighbours and a coarse sum looks worse than it is.
+    """
     combined = []
-    for a in first:
-        for b in second:
-            error = variance = 0.0
-            for record in (a, b):
-                errors = np.asarray(record["evaluation"]["context_squared_error"])
-                variances = np.asarray(record["evaluation"]["context_variance"])
-                picked = slice(None) if contexts is None else contexts
-                error, variance = error + float(errors[picked].sum()), variance + float(variances[picked].sum())
-            combined.append(Point(a["l0"] + b["l0"], error / variance))
+    for a, variance_a in _filled(first, contexts):
+        for b, variance_b in _filled(second, contexts):
+            mse = (a.mse * variance_a + b.mse * variance_b) / (variance_a + variance_b)
+            combined.append(Point(a.l0 + b.l0, mse))
     return lower_envelope(combined)
+
+
+def _filled(records: Sequence[Record], contexts: np.ndarray | None, between: int = 6) -> list[tuple[Point, float]]:
+    """Points of a sweep and log-linear ones between them, each with the variance its MSE refers to."""
+    points = sorted(points_of(records, contexts))
+    variances = np.asarray(records[0]["evaluation"]["context_variance"])
+    variance = float(variances.sum() if contexts is None else variances[contexts].sum())
+    filled = points[:1]
+    for left, right in pairwise(points):
+        for share in np.linspace(0, 1, between + 1)[1:]:
+            mse = float(np.exp((1 - share) * np.log(left.mse) + share * np.log(right.mse)))
+            filled.append(Point(float((1 - share) * left.l0 + share * right.l0), mse))
+    return [(point, variance) for point in filled]
 
 
 def compare_series(first: Sequence[Record], second: Sequence[Record]) -> Comparison:

@@ -17,13 +17,14 @@ def process_tags() -> list[str]:
 
 def run_as_flow(body: Callable[[Stage], None], stage: Stage) -> None:
     """Run the stage as a Prefect flow. DVC is the only cache: Prefect keeps no results."""
-    from prefect import flow, tags
+    import prefect
 
     def stage_flow(name: str, profile: str) -> None:
         body(stage)
 
-    with tags(f"dvc-stage:{stage.name}", *process_tags()):
-        run: Any = flow(stage_flow, name=body.__name__, flow_run_name=f"{stage.profile} {stage.name}",
+    make_flow: Any = prefect.flow
+    with prefect.tags(f"dvc-stage:{stage.name}", *process_tags()):
+        run = make_flow(stage_flow, name=body.__name__, flow_run_name=f"{stage.profile} {stage.name}",
                         description=body.__doc__, validate_parameters=False)  # fmt: skip
         run(name=stage.name, profile=stage.profile)
 

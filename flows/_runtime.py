@@ -78,9 +78,12 @@ class Stage:
         return Path(self.sections["paths"]["reports"])
 
     def identity(self, keys: tuple[str, ...], inputs: tuple[Path, ...]) -> str:
-        """Sixteen hex digits over stage, parameters, input files and all of our code that is loaded now."""
+        """Sixteen hex digits over stage, parameters, input files and all of our code that is loaded now.
+
+        Without the Prefect side: a run that was killed may go on with another server, or with none.
+        """
         files = {getattr(module, "__file__", None) for name, module in list(sys.modules.items())
-                 if name.split(".")[0] in ("crosshead", "flows", "__main__")}  # fmt: skip
+                 if name.split(".")[0] in ("crosshead", "flows", "__main__") and name != "flows._prefect"}  # fmt: skip
         return fingerprint({
             "stage": self.name,
             "profile": self.profile,

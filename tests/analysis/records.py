@@ -25,7 +25,8 @@ def record(series: str, l0: float, mse: float, seed: int = 0, **other: Any) -> d
         "ce_recovered_zero": 0.9, "dead_fraction": 0.02, "n_tokens": 3000,
         "evaluation": {
             "normalised_mse": mse, "normalised_mse_refit": mse, "shrinkage": 1.0, "context_squared_error": errors,
-            "context_variance": variance, "l0_query": 5.0 if moved else None, "l0_triples": 7.0 if moved else None,
+            "context_variance": variance, "l1": 1.0,
+            "l0_query": 5.0 if moved else None, "l0_triples": 7.0 if moved else None,
             "superposition": spread if moved else None,
         },
         "splicing": {"kl": 0.1, "delta_ce": 0.05},
@@ -35,7 +36,8 @@ def record(series: str, l0: float, mse: float, seed: int = 0, **other: Any) -> d
 def documents(seeds=(0,), top1_factor: float = 1.1, both_factor: float = 0.9, p_value: float = 0.5) -> dict[str, Any]:
     """Arguments of ``collect``."""
     rows = []
-    value = {"architecture": "value_sae", "target": "v", "heads_per_feature": None}
+    value = {"architecture": "value_sae", "target": "v", "heads_per_feature": None,
+             "sparsity": {"kind": "l1", "coefficient": 1.0}}  # fmt: skip
     for seed in seeds:
         for l0 in (30, 60, 110):
             rows.append(record("mtc", l0, 5 / l0, seed))

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from crosshead.analysis.frontiers import compare_series, compare_with_sum, sum_points
+from crosshead.analysis.frontiers import compare_objectives, compare_series, compare_with_sum, sum_points
 
 
 def record(series: str, l0: float, mse: float, noise: np.ndarray, variance: float = 10.0):
@@ -52,3 +52,24 @@ def test_two_identical_sweeps_sum_to_one_sweep_of_twice_the_l0_or_better():
     one = [record("one", l0, 1 / l0, flat) for l0 in (10, 20, 40)]
     doubled = [record("both", 2 * l0, 1 / l0, flat) for l0 in (10, 20, 40)]
     assert compare_with_sum(doubled, one, one).ratio == pytest.approx(1.0, abs=0.01)
+
+
+def trained(series: str, coefficient: float, error: float, l1: float, seed: int = 0, kind: str = "l1"):
+    """Four held-out positions in two contexts."""
+    return {
+        "series": series, "seed": seed, "n_tokens": 4, "sparsity": {"kind": kind, "coefficient": coefficient},
+        "evaluation": {"context_squared_error": [error, 3 * error], "l1": l1},
+    }  # fmt: skip
+
+
+def test_objectives_are_error_plus_penalty_and_add_up_over_the_layers():
+    rows = compare_objectives([trained("both", 2.0, 5.0, 4.0)], [trained("a", 2.0, 2.0, 3.0)],
+                              [trained("b", 2.0, 4.0, 1.0)])  # fmt: skip
+    assert rows == [{"coefficient": 2.0, "seed": 0, "first": 13.0, "second": 14.0, "ratio": 13 / 14}]
+
+
+def test_objectives_are_compared_at_equal_coefficients_and_seeds_of_l1_runs_only():
+    one = [trained("a", 1.0, 2.0, 3.0), trained("a", 2.0, 2.0, 3.0), trained("a", 2.0, 2.0, 3.0, seed=1)]
+    both = [trained("both", 2.0, 1.0, 1.0, seed=1), trained("both", 4.0, 1.0, 1.0),
+            trained("both", 1.0, 1.0, 1.0, kind="jumprelu")]  # fmt: skip
+    assert [(row["coefficient"], row["seed"]) for row in compare_objectives(both, one, one)] == [(2.0, 1)]

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from crosshead.analysis.frontiers import compare_series, compare_with_sum
+from crosshead.analysis.frontiers import compare_objectives, compare_series, compare_with_sum
 
 __all__ = ["SCHEMA", "Finding", "ReportConfig", "collect", "judge"]
 
@@ -128,7 +128,8 @@ def _comparisons(series: Mapping[str, list[Record]], config: ReportConfig) -> Re
     for name in (*config.two_layer, config.two_layer_control):
         if {name, one, other} <= series.keys():
             comparison = compare_with_sum(series[name], series[one], series[other])
-            found[f"{name}_over_sum"] = _seeded(comparison, series[name])
+            objectives = compare_objectives(series[name], series[one], series[other])
+            found[f"{name}_over_sum"] = _seeded(comparison, series[name]) | {"objective": objectives}
     return found
 
 
@@ -158,6 +159,18 @@ def _ratio_text(comparison: Record) -> str:
         f"{first:.0f} to {last:.0f}; {comparison['n_tokens']:,} held-out tokens in {comparison['n_contexts']} contexts, "
         f"{comparison['n_seeds']} seed{'s' if comparison['n_seeds'] > 1 else ''}"
     )
+
+
+def _objective_text(comparison: Record) -> str:
+    """Mean over seeds, one figure per coefficient."""
+    ratios: dict[float, list[float]] = {}
+    for row in comparison["objective"]:
+        ratios.setdefault(row["coefficient"], []).append(row["ratio"])
+    if not ratios:
+        return ""
+    largest_first = sorted(ratios.items(), reverse=True)
+    listed = ", ".join(f"{sum(found) / len(found):.3f} ({coefficient:g})" for coefficient, found in largest_first)
+    return f"; objective ratio (coefficient) {listed}"
 
 
 def _decide(comparison: Record) -> tuple[Verdict, str]:
@@ -248,7 +261,8 @@ def _cross_layer_finding(metrics: Record, config: ReportConfig) -> Finding | Non
     if comparisons[0] is None:
         return None
     labels = ("equal total features", "equal features each")
-    figures = [f"{label}: {_ratio_text(c)}" for label, c in zip(labels, comparisons, strict=False) if c is not None]
+    figures = [f"{label}: {_ratio_text(c)}{_objective_text(c)}"
+               for label, c in zip(labels, comparisons, strict=False) if c is not None]  # fmt: skip
     verdict, reason = _decide(comparisons[0])
     if verdict == "supports":
         verdict, reason = (
@@ -259,7 +273,8 @@ def _cross_layer_finding(metrics: Record, config: ReportConfig) -> Finding | Non
         verdict, reason = (
             "inconclusive",
             (
-                "the control, where no gap may remain, shows one of its own, so part of this gap comes from how L0 is compared"
+                "the control, where no gap may remain, shows one of its own: L0 falls whenever features are shared, so "
+                "read the objective beside it, which adds up over layers that share nothing"
             ),
         )
     return Finding(
@@ -268,7 +283,7 @@ def _cross_layer_finding(metrics: Record, config: ReportConfig) -> Finding | Non
         "for attention features that span layers.",
         figure=f"Two-layer over the sum of one-layer SAEs, {'; '.join(figures)}.",
         control="Second layer's rows from other contexts: "
-        + (_ratio_text(control) if control is not None else "not run")
+        + (f"{_ratio_text(control)}{_objective_text(control)}" if control is not None else "not run")
         + ".",
         verdict=verdict,
         reason=f"Supports only when the gap also beats rows matched by token and values recomputed from the first layer's "

@@ -7,6 +7,10 @@ about training noise).
 Two-layer value SAE against the sum of two one-layer SAEs: every combination of the two one-layer sweeps, filled in
 log-linearly, is a point (sum of L0s, summed squared error over summed variance, every layer scaled to equal power);
 their lower envelope stands beside the two-layer sweep. After Jermyn et al., Progress on Attention (2025).
+
+L0 falls when two layers share features even where nothing is shared between their rows, so the L1 sweeps are held
+against each other by their objective too, squared error plus penalty at equal coefficients, which simply adds up over
+layers that do not share.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,7 +22,7 @@ from pydantic import BaseModel
 
 from crosshead.maths.frontier import Point, geometric_mean_ratio, log_interpolate, lower_envelope, overlap
 
-__all__ = ["Comparison", "compare_series", "compare_with_sum", "points_of", "sum_points"]
+__all__ = ["Comparison", "compare_objectives", "compare_series", "compare_with_sum", "points_of", "sum_points"]
 
 Record = dict[str, Any]
 _DRAWS = 500
@@ -95,6 +99,35 @@ def compare_with_sum(both: Sequence[Record], one: Sequence[Record], other: Seque
         (f"{_name(one)} + {_name(other)}", lambda contexts: sum_points(one, other, contexts)),
         [*both, *one, *other],
     )
+
+
+def compare_objectives(
+    both: Sequence[Record], one: Sequence[Record], other: Sequence[Record]
+) -> list[dict[str, float]]:
+    """The held-out objective of a two-layer L1 sweep over the summed objective of two one-layer ones.
+
+    One row ``{coefficient, seed, first, second, ratio}`` for every coefficient and seed that all three sweeps have, in
+    squared error per held-out position. A one-layer SAE of each layer, stacked, is itself a two-layer SAE with that
+    summed objective (and as many features as both), so with equal total features a ratio above 1 measures training.
+    The small second penalty, on negative pre-activations, is left out. Runs with another sparsity have no row.
+    """
+    objectives = [_objectives(records) for records in (both, one, other)]
+    rows = []
+    for coefficient, seed in sorted(set.intersection(*(set(found) for found in objectives))):
+        joint, first, second = (found[coefficient, seed] for found in objectives)
+        rows.append({"coefficient": coefficient, "seed": seed, "first": joint, "second": first + second,
+                     "ratio": joint / (first + second)})  # fmt: skip
+    return rows
+
+
+def _objectives(records: Sequence[Record]) -> dict[tuple[float, int], float]:
+    found = {}
+    for r in records:
+        if r["sparsity"]["kind"] == "l1":
+            coefficient = float(r["sparsity"]["coefficient"])
+            error = sum(r["evaluation"]["context_squared_error"]) / r["n_tokens"]
+            found[coefficient, int(r["seed"])] = error + coefficient * r["evaluation"]["l1"]
+    return found
 
 
 def _name(records: Sequence[Record]) -> str:

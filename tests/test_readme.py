@@ -4,10 +4,12 @@ import re
 from pathlib import Path
 
 import torch
+import yaml
 
 from crosshead import read_texts
 from crosshead.activations.capture import layer_weights
 from crosshead.dictionaries.registry import build, config_class
+from crosshead.params import load_params
 
 README = Path(__file__).resolve().parents[1] / "README.md"
 TEXTS = [
@@ -40,6 +42,16 @@ def test_the_example_runs_on_the_default_model(smollm2, smollm2_directory, tmp_p
     (predicted,) = names["predicted"].values()
     assert predicted.shape == (1, length, 576)
     assert str(names["feature"]) in capsys.readouterr().out
+
+
+def test_the_parameters_shown_are_accepted(tmp_path):
+    laptop = yaml.safe_load((README.parent / "params.yaml").read_text(encoding="utf-8"))
+    examples = re.findall(r"```yaml\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
+    assert examples
+    for number, example in enumerate(examples):
+        path = tmp_path / f"{number}.yaml"
+        path.write_text(yaml.safe_dump({**laptop, **yaml.safe_load(example)}), encoding="utf-8")
+        load_params(path)
 
 
 def test_every_file_the_readme_links_to_exists():

@@ -1,10 +1,11 @@
 """Kill `make findings` at random, seeded moments, let it finish, and compare with a run that was left alone.
 
-    python -m tests.flows.interrupt [--profile smoke] [--seed 0] [--directory DIR]
+    python -m tests.flows.interrupt [--profile smoke] [--seed 0] [--directory DIR] [--undisturbed REPOSITORY]
 
 Two copies of the work tree run the same profile. One of them is killed three times with SIGKILL, the whole process
 group at once: while a random shard of the harvest is made, after a random checkpoint of a random training, and at a
-random moment of a random other stage. The sha256 of both metrics.json must be equal. Exit code 0 when it is.
+random moment of a random other stage. The sha256 of both metrics.json must be equal. Exit code 0 when it is. A clone of
+the same commit that has finished the profile without disturbance can stand for the undisturbed copy.
 """
 
 import argparse
@@ -27,6 +28,8 @@ from pathlib import Path
 import yaml
 
 ROOT = Path(__file__).resolve().parents[2]
+STAGE_SECONDS = 8.0
+"""How long a stage is taken to last when nobody timed it."""
 _STAGE = re.compile(r"^Running stage '(?:.*:)?([^':]+)':")
 
 
@@ -112,8 +115,10 @@ def kill_when(findings: Findings, ready: Callable[[], bool]) -> bool:
     return False
 
 
-def three_kills(directory: Path, profile: str, chance: random.Random, undisturbed: Findings) -> None:
-    """Kill and start again three times, and say where."""
+def three_kills(
+    directory: Path, profile: str, chance: random.Random, undisturbed: dict[str, tuple[float, float]]
+) -> None:
+    """Kill and start again three times, and say where; ``undisturbed`` has each stage's begin and end in seconds."""
     home = ROOT if profile == "laptop" else ROOT / "flows" / "profiles" / profile
     parameters = yaml.safe_load((home / "params.yaml").read_text())
     corpus, size = parameters["corpus"], parameters["harvest"]["shard_contexts"]
@@ -125,6 +130,7 @@ def three_kills(directory: Path, profile: str, chance: random.Random, undisturbe
     assert killed, "\n".join(findings.lines[-20:])
     print(f"kill 1: stage {findings.stage}, {shards_made(directory)} of {n_shards} shards made", flush=True)
 
+    entered = set(findings.spans)
     run = chance.choice(sorted(parameters["runs"]))
     every, steps = parameters["training"]["checkpoint_every"], parameters["training"]["steps"]
     step, delay = chance.randrange(every, steps, every), chance.random() * 0.5
@@ -142,9 +148,10 @@ def three_kills(directory: Path, profile: str, chance: random.Random, undisturbe
         f"kill 2: stage {findings.stage}, last checkpoint at step {last_checkpoint(directory)} of {steps}", flush=True
     )
 
-    left = [name for name in undisturbed.spans if name not in ("end", "start") and name not in _done(directory, home)]
+    entered |= set(findings.spans)
+    left = [name for name in undisturbed if name not in ("end", "start") and name not in entered]
     stage = chance.choice(left)
-    begin, end = undisturbed.spans[stage]
+    begin, end = undisturbed[stage]
     moment = chance.random() * (end - begin)
     findings = Findings(directory, profile)
 
@@ -157,16 +164,17 @@ def three_kills(directory: Path, profile: str, chance: random.Random, undisturbe
         print(f"kill 3 came too late: {stage} ended before {moment:.1f} s; not counted", flush=True)
 
 
-def _done(directory: Path, home: Path) -> set[str]:
-    """Stages that DVC has recorded."""
-    lock = directory / home.relative_to(ROOT) / "dvc.lock"
-    return set(yaml.safe_load(lock.read_text())["stages"]) if lock.exists() else set()
-
-
 def sha256_of_metrics(directory: Path, profile: str) -> str:
     """Hash of the finished metrics.json."""
     reports = directory / "reports" if profile == "laptop" else directory / "reports" / profile
     return hashlib.sha256((reports / "metrics.json").read_bytes()).hexdigest()
+
+
+def finished(findings: Findings, name: str) -> str:
+    """Wait for the end, and the hash of the metrics; exit when the run failed."""
+    if findings.wait():
+        raise SystemExit("\n".join([f"{name}: make findings failed", *findings.lines[-20:]]))
+    return sha256_of_metrics(findings.directory, findings.profile)
 
 
 def _main() -> int:
@@ -174,21 +182,22 @@ def _main() -> int:
     parser.add_argument("--profile", default="smoke")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--directory", type=Path, help="where the copies go; a temporary directory by default")
+    parser.add_argument("--undisturbed", type=Path, help="a finished clone to compare with, instead of a copy run here")
     options = parser.parse_args()
     directory = options.directory or Path(tempfile.mkdtemp(prefix="crosshead-interrupt-"))
-    hashes = []
-    alone = Findings(copy_of_work_tree(directory / "undisturbed"), options.profile)
-    for name in ("undisturbed", "killed"):
-        if name == "undisturbed":
-            findings = alone
-        else:
-            three_kills(copy_of_work_tree(directory / name), options.profile, random.Random(options.seed), alone)
-            findings = Findings(directory / name, options.profile)
-        if findings.wait():
-            print("\n".join([f"{name}: make findings failed", *findings.lines[-20:]]))
-            return 1
-        hashes.append(sha256_of_metrics(directory / name, options.profile))
-        print(f"{name}: sha256 of metrics.json is {hashes[-1]}", flush=True)
+    if options.undisturbed:
+        home = ROOT if options.profile == "laptop" else ROOT / "flows" / "profiles" / options.profile
+        lock = yaml.safe_load((options.undisturbed / home.relative_to(ROOT) / "dvc.lock").read_text())
+        spans = dict.fromkeys(lock["stages"], (0.0, STAGE_SECONDS))
+        hashes = [sha256_of_metrics(options.undisturbed, options.profile)]
+    else:
+        alone = Findings(copy_of_work_tree(directory / "undisturbed"), options.profile)
+        hashes = [finished(alone, "undisturbed")]
+        spans = {stage: (times[0], times[1]) for stage, times in alone.spans.items()}
+    print(f"undisturbed: sha256 of metrics.json is {hashes[0]}", flush=True)
+    three_kills(copy_of_work_tree(directory / "killed"), options.profile, random.Random(options.seed), spans)
+    hashes.append(finished(Findings(directory / "killed", options.profile), "killed"))
+    print(f"killed: sha256 of metrics.json is {hashes[1]}", flush=True)
     print("equal" if hashes[0] == hashes[1] else "DIFFERENT", f"(seed {options.seed}, copies in {directory})")
     return 0 if hashes[0] == hashes[1] else 1
 

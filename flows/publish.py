@@ -7,6 +7,7 @@ from pathlib import Path
 from crosshead.io.files import read_json
 from crosshead.params import Params, load_params
 from flows._tracking import TrackedRun, experiment_name, final_metrics, find_runs, open_client, record_tag, run_tags
+from flows._views import add_views
 
 __all__ = ["publish"]
 
@@ -34,6 +35,7 @@ def publish(params: Params) -> list[str]:
                              parameters={key: record[key] for key in _PARAMETERS}, tags=tags)  # fmt: skip
         tracked.finish(history, final_metrics(record), home)
         logged.append(run.name)
+    add_views(client)
     return logged
 
 

@@ -12,11 +12,13 @@ from pathlib import Path
 
 from flows._runtime import repository_root
 from flows._tracking import database_uri, open_client
+from flows._views import add_views
 
 __all__ = ["mlflow_server", "prefect_server"]
 
 _HOST = "127.0.0.1"
 _PATIENCE_SECONDS = 120
+_VIEW_SECONDS = 10
 
 
 @contextmanager
@@ -82,12 +84,18 @@ def _main() -> None:
     with ExitStack() as stack:
         api = stack.enter_context(prefect_server())
         print(f"Prefect  {api.removesuffix('/api')}", flush=True)
-        print(f"MLflow   {stack.enter_context(mlflow_server())}", flush=True)
+        viewer = stack.enter_context(mlflow_server())
+        print(f"MLflow   {viewer}", flush=True)
         print(f"Stages report to Prefect after: export PREFECT_API_URL={api}", flush=True)
         print("Ctrl-C stops both.", flush=True)
+        client, shown = open_client(), set[str]()
         try:
-            while True:
-                time.sleep(3600)
+            while True:  # experiments may come while the servers run
+                for name, address in add_views(client).items():
+                    if name not in shown:
+                        print(f"Frontier of {name}: {viewer}/{address}", flush=True)
+                        shown.add(name)
+                time.sleep(_VIEW_SECONDS)
         except KeyboardInterrupt:
             print("stopped")
 

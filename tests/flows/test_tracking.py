@@ -1,14 +1,17 @@
 """MLflow as a view: one run for one training however often it was interrupted, and refilled from the reports."""
 
+import base64
 import json
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 
 import pytest
 
 from crosshead.params import load_params
-from flows._tracking import TrackedRun, database_uri, experiment_name, find_runs, flatten, open_client
+from flows._tracking import TrackedRun, database_uri, experiment_name, final_metrics, find_runs, flatten, open_client
+from flows._views import add_views, saved_view
 from flows.publish import publish
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -126,3 +129,32 @@ def test_three_processes_may_create_the_database_at_once(tmp_path: Path, monkeyp
     assert [process.returncode for process in processes] == [0, 0, 0], errors
     (experiment,) = [e for e in open_client().search_experiments() if e.name == "together"]
     assert len(open_client().search_runs([experiment.experiment_id])) == 3
+
+
+def test_every_experiment_gets_the_frontier_view_once_and_keeps_its_own_description():
+    client = open_client()
+    plain = client.create_experiment("with-view")
+    described = client.create_experiment("with-description")
+    client.set_experiment_tag(described, "mlflow.note.content", "mine")
+
+    addresses = add_views(client)
+    assert addresses["with-view"].startswith(f"#/experiments/{plain}/runs?viewStateShareKey=")
+    assert "Default" not in addresses
+
+    key, value = saved_view()
+    assert addresses["with-view"].split("viewStateShareKey=")[1].split("&")[0] == key.rpartition(".")[2]
+    assert client.get_experiment(plain).tags[key] == value
+    assert addresses["with-view"] in client.get_experiment(plain).tags["mlflow.note.content"]
+    assert client.get_experiment(described).tags["mlflow.note.content"] == "mine"
+
+    client.set_experiment_tag(plain, key, "changed by its user")
+    add_views(client)
+    assert client.get_experiment(plain).tags[key] == "changed by its user"
+
+
+def test_the_view_draws_the_metrics_that_runs_log():
+    state = json.loads(saved_view()[1])["state"]
+    charts = json.loads(zlib.decompress(base64.b64decode(state.removeprefix("deflate;"))))["compareRunCharts"]
+    record = dict.fromkeys(("l0", "normalised_mse", "ce_recovered", "ce_recovered_zero", "dead_fraction"), 1.0)
+    drawn = {chart[axis]["key"] for chart in charts for axis in ("xaxis", "yaxis")}
+    assert drawn <= final_metrics(record).keys()

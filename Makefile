@@ -29,7 +29,8 @@ help: ## show this text
 $(STAMP): pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "no Python found; install Python 3.11 or later, or give make PYTHON=/path/to/python"; exit 1; }
 	@echo "installing into $(VENV) (some minutes the first time)"
-	@test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
+# A creation that was killed half way leaves a Python without pip: begin again.
+	@$(VENV)/bin/python -m pip --version > /dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
 	@$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-input -c constraints.txt -e '.[pipeline,dev]' \
 	  > $(VENV)/pip.log 2>&1 || { grep -v '^WARNING' $(VENV)/pip.log | tail -20; exit 1; }
 	@touch $@

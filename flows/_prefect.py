@@ -30,22 +30,34 @@ def run_as_flow(body: Callable[[Stage], None], stage: Stage) -> None:
 
 
 def reap_killed_runs() -> int:
-    """Mark flow runs of this host as crashed whose process no longer lives; the server still thinks they run."""
+    """Mark flow runs of this host, and their tasks, as crashed whose process no longer lives.
+
+    The server still thinks they run. Returns the number of flow runs.
+    """
     from prefect.client.orchestration import get_client
-    from prefect.client.schemas.filters import FlowRunFilter
-    from prefect.client.schemas.sorting import FlowRunSort
+    from prefect.client.schemas.filters import FlowRunFilter, TaskRunFilter
+    from prefect.client.schemas.sorting import FlowRunSort, TaskRunSort
     from prefect.states import Crashed
 
     host = f"host:{socket.gethostname()}"
+    unfinished = {"type": {"any_": ["PENDING", "RUNNING"]}}
+    killed = Crashed(message="its process was killed")
     reaped = 0
     with get_client(sync_client=True) as client:
         running = FlowRunFilter.model_validate({"state": {"type": {"any_": ["RUNNING"]}}, "tags": {"all_": [host]}})
-        newest_first = FlowRunSort.START_TIME_DESC
+        newest_first, any_order = FlowRunSort.START_TIME_DESC, TaskRunSort.ID_DESC
         for flow_run in client.read_flow_runs(flow_run_filter=running, sort=newest_first, limit=200):
             pids = [int(tag.removeprefix("pid:")) for tag in flow_run.tags if tag.startswith("pid:")]
-            if not any(_alive(pid) for pid in pids):
-                client.set_flow_run_state(flow_run.id, Crashed(message="its process was killed"), force=True)
-                reaped += 1
+            if any(_alive(pid) for pid in pids):
+                continue
+            own = FlowRunFilter.model_validate({"id": {"any_": [flow_run.id]}})
+            tasks = TaskRunFilter.model_validate({"state": unfinished})
+            for task_run in client.read_task_runs(
+                flow_run_filter=own, task_run_filter=tasks, sort=any_order, limit=200
+            ):
+                client.set_task_run_state(task_run.id, killed, force=True)
+            client.set_flow_run_state(flow_run.id, killed, force=True)
+            reaped += 1
     return reaped
 
 

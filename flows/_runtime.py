@@ -12,16 +12,17 @@ import os
 import shutil
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar
 
 from pydantic import BaseModel
 
-from crosshead.io.files import fingerprint, sha256_file
-from crosshead.io.settings import parse_section, read_sections
+from crosshead.io.files import FULL_DISK, fingerprint, sha256_file
+from crosshead.io.settings import misspelt_sections, parse_section, read_sections
 
 __all__ = ["Stage", "main", "repository_root"]
 
@@ -49,18 +50,22 @@ class Stage:
 
     @classmethod
     def open(cls, name: str, source: Path, run: str | None = None) -> "Stage":
-        """Read the parameter file. ValueError when it cannot be read or has no such run."""
+        """Read the parameter file. ValueError when it cannot be read, has an unknown section or no such run."""
         sections = read_sections(source)
+        if faults := misspelt_sections(sections, source):
+            raise ValueError("\n".join(faults))
         for needed in ("profile", "paths"):
             if needed not in sections:
                 raise ValueError(f"{source}: {needed} is missing; every profile has it, see params.yaml")
-        if run is not None and run not in (sections.get("runs") or {}):
-            raise ValueError(f"{source}: runs.{run} is missing; add it or name another run")
+        _check_shape(sections, source)
+        if run is not None:
+            _check_run(run, sections, source)
         return cls(f"{name}@{run}" if run else name, run, source, sections)
 
     def section(self, key: str, config: type[Section]) -> Section:
         """One validated section."""
-        return parse_section(config, self.sections.get(key) or {}, key, self.source)
+        value = self.sections.get(key)
+        return parse_section(config, {} if value is None else value, key, self.source)
 
     @property
     def profile(self) -> str:
@@ -78,7 +83,7 @@ class Stage:
         return Path(self.sections["paths"]["reports"])
 
     def identity(self, keys: tuple[str, ...], inputs: tuple[Path, ...]) -> str:
-        """Sixteen hex digits over stage, parameters, input files and all of our code that is loaded now.
+        """Sixteen hex digits over stage, parameters, input files, all our code that is loaded, and what computes.
 
         Without the Prefect side: a run that was killed may go on with another server, or with none.
         """
@@ -90,6 +95,7 @@ class Stage:
             "parameters": {key: self._value(key) for key in keys},
             "inputs": {str(path): sha256_file(path) for path in inputs},
             "code": sorted(sha256_file(file) for file in files if file),
+            "versions": {package: version(package) for package in ("torch", "transformers")},
         })  # fmt: skip
 
     def _value(self, key: str) -> Any:
@@ -104,6 +110,29 @@ class Stage:
         with _held_directory(repository_root() / "work" / identity, self.name) as directory:
             yield directory
             shutil.rmtree(directory)
+
+
+def _check_shape(sections: Mapping[str, Any], source: Path) -> None:
+    """What a stage takes for granted of sections that it reads without a config."""
+    if not isinstance(sections["profile"], str):
+        raise ValueError(f"{source}: profile = {sections['profile']!r} is no name; write e.g. laptop")
+    paths = sections["paths"]
+    for needed in ("data", "reports"):
+        if not isinstance(paths, dict) or not isinstance(paths.get(needed), str):
+            raise ValueError(f"{source}: paths = {paths!r}: {needed} must be a path in a mapping; see params.yaml")
+    for name in ("dictionaries", "runs"):
+        if not isinstance(sections.get(name) or {}, dict):
+            raise ValueError(f"{source}: {name} = {sections[name]!r} is not a mapping of names to parameters; "
+                             "correct it")  # fmt: skip
+
+
+def _check_run(run: str, sections: Mapping[str, Any], source: Path) -> None:
+    runs = sections.get("runs") or {}
+    if run not in runs:
+        raise ValueError(f"{source}: runs.{run} is missing; add it or name another run")
+    kind = runs[run].get("kind") if isinstance(runs[run], dict) else None
+    if kind is not None and not isinstance(kind, str):
+        raise ValueError(f"{source}: runs.{run}.kind = {kind!r} is no name of an architecture; correct it")
 
 
 @contextmanager
@@ -140,7 +169,11 @@ def _flock(descriptor: int, waiting: str) -> None:
 
 
 def main(body: Callable[[Stage], None], *, arguments: list[str] | None = None) -> None:
-    """Run a stage from the command line. Wrong parameters or files end with one message and exit code 2."""
+    """Run a stage from the command line. What the user or the machine can do ends with one message.
+
+    Exit code 2 says that another attempt would fail as well (wrong parameters or files), 1 that it may not: the
+    network, the disk or another part of the machine failed.
+    """
     name = body.__name__
     parser = argparse.ArgumentParser(prog=f"python -m flows.{name}", description=body.__doc__)
     parser.add_argument("--params", type=Path, required=True, help="the profile's parameter file")
@@ -155,12 +188,22 @@ def main(body: Callable[[Stage], None], *, arguments: list[str] | None = None) -
             run_as_flow(body, stage)
         else:
             body(stage)
-    except (ValueError, OSError, FloatingPointError) as error:
+    except OSError as error:
+        print(f"{name}: {_in_words(error)}", file=sys.stderr)
+        raise SystemExit(1) from None
+    except (ValueError, FloatingPointError) as error:
         print(f"{name}: {error}", file=sys.stderr)
         raise SystemExit(2) from None
     except KeyboardInterrupt:
         print(f"{name}: interrupted; run the same command to go on", file=sys.stderr)
         raise SystemExit(130) from None
+
+
+def _in_words(error: OSError) -> str:
+    if error.errno not in FULL_DISK:
+        return str(error)
+    return (f"the disk is full while writing {error.filename or 'an output'}; free some space and run the same command "
+            "again, it goes on where it stopped")  # fmt: skip
 
 
 def _die_with_parent() -> None:

@@ -12,6 +12,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel
+
 from crosshead.io.files import fingerprint as fingerprint_of
 from flows._runtime import lock, repository_root
 
@@ -30,9 +32,14 @@ __all__ = [
     "find_runs",
     "open_client",
     "record_tag",
+    "revision_of_record",
+    "run_parameters",
     "run_tags",
 ]
 
+# What a result is made from. dvc.lock and the reports are written while the pipeline runs; they make nothing dirty.
+_SOURCES = ("src", "flows", "dvc.yaml", "params.yaml", "pyproject.toml", "constraints.txt",
+            ":(exclude,glob)flows/profiles/*/dvc.lock")  # fmt: skip
 _BATCH = 1000
 _FLUSH_SECONDS = 5.0
 _STEP_MARK = "step"
@@ -57,10 +64,25 @@ def experiment_name(profile: str, family: str) -> str:
     return family if profile == "laptop" else f"{profile}-{family}"
 
 
-def run_tags(stage: str, profile: str, series: str, seed: int, kind: str, layers: Sequence[int]) -> dict[str, str]:
-    """The tags by which runs are found; ``frontier`` is the series a run is a point of."""
+def run_parameters(config: BaseModel, schedule: BaseModel, seed: int, control: str) -> dict[str, Any]:
+    """The parameters of a run as MLflow shows them, nested: architecture, schedule, seed and control."""
     return {
-        "git.rev": _git_revision(),
+        "dictionary": config.model_dump(mode="json"),
+        "training": schedule.model_dump(mode="json"),
+        "seed": seed,
+        "control": control,
+    }
+
+
+def run_tags(
+    stage: str, profile: str, series: str, seed: int, kind: str, layers: Sequence[int], revision: str | None = None
+) -> dict[str, str]:
+    """The tags by which runs are found; ``frontier`` is the series a run is a point of.
+
+    ``revision`` is the commit a result belongs to, the one that is checked out by default.
+    """
+    return {
+        "git.rev": _git_revision() if revision is None else revision,
         "dvc.stage": stage,
         "dvc.exp": os.environ.get("DVC_EXP_NAME", ""),
         "profile": profile,
@@ -82,10 +104,29 @@ def record_tag(metrics: Mapping[str, float]) -> str:
 
 
 def _git_revision() -> str:
-    """The commit that is checked out, with ``-dirty`` if files differ from it; ``unknown`` outside git."""
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--match="]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
-    return result.stdout.strip() or "unknown"
+    """The commit that is checked out, with ``-dirty`` if code or parameters differ from it; ``unknown`` outside git."""
+    commit = _git("rev-parse", "--verify", "--quiet", "HEAD")
+    if not commit:
+        return "unknown"
+    return f"{commit}-dirty" if _git("status", "--porcelain", "--", *_SOURCES) else commit
+
+
+def revision_of_record(record: Path) -> str:
+    """The commit that holds a record as it is on disk; ``unknown`` when none does."""
+    if _git("status", "--porcelain", "--ignored", "--", str(record)):
+        return "unknown"
+    return _git("log", "-1", "--format=%H", "--", str(record)) or "unknown"
+
+
+def _git(*arguments: str) -> str:
+    """What git prints; nothing when it fails or is not there."""
+    try:
+        # Without optional locks: `git status` would hold the index for a moment, and others may be committing.
+        command = ["git", "--no-optional-locks", *arguments]
+        result = subprocess.run(command, capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        return ""
+    return result.stdout.strip() if result.returncode == 0 else ""
 
 
 def find_runs(client: Any, experiment: str, **tags: str) -> list[Any]:

@@ -9,13 +9,14 @@ from crosshead.analysis.clustering import ClusterConfig, analyse_loadings
 from crosshead.dictionaries.base import Dictionary
 from crosshead.dictionaries.registry import load_dictionary
 from crosshead.io.files import atomic_directory, read_json, write_json
+from flows._inputs import open_cache
 from flows._runtime import Stage, main
 
 
 def cluster(stage: Stage) -> None:
     """Analyse the loadings of every run that ``clusters.runs`` names, and of their nulls."""
     config = stage.section("clusters", ClusterConfig)
-    cache = ActivationCache.open(stage.data / "cache")
+    cache = open_cache(stage)
     merged: dict[str, Any] = {"clusters": [], "sizes": [], "agreement": [], "n_features": {}}
     for run in config.runs:
         if run not in stage.sections["runs"]:

@@ -6,6 +6,7 @@ is clean afterwards; DVC lets go of its lock while a stage's command runs, which
 
 import argparse
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -28,16 +29,26 @@ from prefect.task_runners import ThreadPoolTaskRunner
 from crosshead.io.files import read_json
 from flows._prefect import process_tags, reap_killed_runs
 from flows._runtime import repository_root
-from flows.servers import prefect_server
+from flows._tracking import experiment_name, open_client
+from flows._views import add_views
+from flows.servers import NoServerError, interrupt_on_termination, prefect_server, reachable, viewer_address
 
 __all__ = ["findings", "stage_graph"]
 
-_WRONG_PARAMETERS = "exited with 2"
+_WRONG_PARAMETERS, _INTERRUPTED = 2, 130
+_EXIT_CODE = re.compile(r"^ERROR: failed to reproduce .*, exited with (-?\d+)$", re.MULTILINE)
 _RETRIES = 2
+_GOOD = ("done", "unchanged")
+_SECONDS_TO_END = 15
 
 
 class StageFailedError(RuntimeError):
     """A stage ended with an error; the message ends with its last lines."""
+
+    def __init__(self, message: str, exit_code: int | None = None):
+        super().__init__(message)
+        self.exit_code = exit_code
+        """What the stage's own process ended with; None when it did not come to that."""
 
 
 def stage_graph(pipeline: Path) -> dict[str, set[str]]:
@@ -52,8 +63,14 @@ def stage_graph(pipeline: Path) -> dict[str, set[str]]:
 
 
 def _worth_another_try(task: Any, task_run: Any, state: Any) -> bool:
-    """Wrong parameters and files stay wrong; everything else may have been the machine."""
-    return _WRONG_PARAMETERS not in (state.message or "")
+    """Wrong parameters and files stay wrong, who interrupts means it; everything else may have been the machine."""
+    return getattr(state.data, "exit_code", None) not in (_WRONG_PARAMETERS, _INTERRUPTED)
+
+
+def _exit_code(output: str) -> int | None:
+    """The exit code of the stage that ``dvc repro`` ran: DVC's own is 255 whatever happened, but it prints this one."""
+    printed = _EXIT_CODE.findall(output)
+    return int(printed[-1]) if printed else None
 
 
 @task(retries=_RETRIES, retry_delay_seconds=5, retry_condition_fn=_worth_another_try, cache_policy=NO_CACHE,
@@ -69,9 +86,10 @@ def reproduce(stage: str) -> str:
             [sys.executable, "-m", "dvc", "--wait-for-lock", "repro", "--single-item", stage],
             stdout=output, stderr=subprocess.STDOUT, env=environment, check=False,
         )  # fmt: skip
-    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+    text = log.read_text(encoding="utf-8", errors="replace")
+    lines = text.splitlines()
     if result.returncode:
-        raise StageFailedError(f"{stage}: " + "\n".join(lines[-20:]))
+        raise StageFailedError(f"{stage}: " + "\n".join(lines[-20:]), _exit_code(text))
     skipped = any("didn't change, skipping" in line for line in lines)
     get_run_logger().info("%s: %s", stage, "nothing to do" if skipped else f"done, log in {log}")
     return "unchanged" if skipped else "done"
@@ -81,15 +99,13 @@ def reproduce(stage: str) -> str:
 def findings(pipeline: str, workers: int) -> dict[str, str]:
     """Run every stage of a pipeline as soon as the stages it needs are done, ``workers`` at a time."""
     logger = get_run_logger()
-    needs = stage_graph(Path(pipeline))
+    needs, sections = stage_graph(Path(pipeline)), _sections(Path(pipeline))
     progress: Any = create_progress_artifact(progress=0.0, key="stages", description=f"stages of {pipeline}")
     outcome: dict[str, str] = {}
     running: dict[PrefectFuture[str], str] = {}
     waiting = list(needs)
     while waiting or running:
-        ready = [
-            stage for stage in waiting if all(outcome.get(needed) in ("done", "unchanged") for needed in needs[stage])
-        ]
+        ready = [stage for stage in waiting if all(outcome.get(needed) in _GOOD for needed in needs[stage])]
         for stage in ready[: workers - len(running)]:
             waiting.remove(stage)
             running[reproduce.submit(stage)] = stage
@@ -101,7 +117,10 @@ def findings(pipeline: str, workers: int) -> dict[str, str]:
         outcome[stage] = result if isinstance(result, str) else "failed"
         logger.info("%d of %d stages, %s: %s", len(outcome), len(needs), stage, outcome[stage])
         update_progress_artifact(progress, progress=100.0 * len(outcome) / len(needs))
-    _show_results(Path(pipeline))
+        if _training(stage):
+            _show_runs(sections, outcome)
+    _show_runs(sections, outcome)
+    _show_findings(sections)
     failed = [stage for stage, result in outcome.items() if result == "failed"]
     if failed:
         raise StageFailedError(
@@ -110,24 +129,57 @@ def findings(pipeline: str, workers: int) -> dict[str, str]:
     return outcome
 
 
-def _show_results(pipeline: Path) -> None:
-    """The table of runs and the findings as artifacts, as far as they exist."""
+def _sections(pipeline: Path) -> Mapping[str, Any]:
+    """The parameters beside a pipeline."""
     parameters = pipeline.with_name("params.yaml")
-    sections = yaml.safe_load(parameters.read_text(encoding="utf-8")) if parameters.exists() else {}
-    reports = sections.get("paths", {}).get("reports")
-    if reports is None:
-        return
-    rows = [{"run": run, **_summary(Path(reports), run)} for run in sections.get("runs") or {}]
-    create_table_artifact(table=rows, key="runs", description=f"trainings of the {sections.get('profile')} profile")
-    page, text = Path(reports, "findings.html"), Path(reports, "findings.md")
-    if text.exists():
-        create_markdown_artifact(text.read_text(encoding="utf-8"), key="findings", description="findings")
-        create_link_artifact(page.resolve().as_uri(), "findings.html", key="report", description="the findings page")
+    return yaml.safe_load(parameters.read_text(encoding="utf-8")) if parameters.exists() else {}
 
 
-def _summary(reports: Path, run: str) -> Mapping[str, Any]:
-    path = reports / "summaries" / f"{run}.json"
+def _training(stage: str) -> str | None:
+    """Name of the run that a stage trains."""
+    name = stage.rpartition(":")[2]
+    return name.removeprefix("train@") if name.startswith("train@") else None
+
+
+def _show_runs(sections: Mapping[str, Any], outcome: Mapping[str, str]) -> None:
+    """The trainings and what came out so far as an artifact; the same key again is its next version."""
+    ended = {_training(stage): result for stage, result in outcome.items()}
+    rows = [
+        {"run": run, "state": ended.get(run, "not yet"), **(_summary(sections, run) if ended.get(run) in _GOOD else {})}
+        for run in sections.get("runs") or {}
+    ]
+    if rows:
+        create_table_artifact(table=rows, key="runs", description=f"trainings of the {sections.get('profile')} profile")
+
+
+def _summary(sections: Mapping[str, Any], run: str) -> Mapping[str, Any]:
+    path = Path(sections["paths"]["reports"], "summaries", f"{run}.json")
     return read_json(path) if path.exists() else {}
+
+
+def _show_findings(sections: Mapping[str, Any]) -> None:
+    """The findings and the addresses of the frontiers in MLflow as artifacts, as far as they exist.
+
+    The findings page itself is named, not linked: browsers follow no link from a server's page to a file.
+    """
+    if not sections:
+        return
+    page, text = (Path(sections["paths"]["reports"], name) for name in ("findings.html", "findings.md"))
+    if text.exists():
+        where = f"The page with its figures is `{page.resolve()}`.\n\n"
+        create_markdown_artifact(where + text.read_text(encoding="utf-8"), key="findings", description="findings")
+    views = add_views(open_client())
+    for family in sorted({run["family"] for run in (sections.get("runs") or {}).values()}):
+        if address := views.get(experiment_name(sections["profile"], family)):
+            create_link_artifact(
+                f"{viewer_address()}/{address}", f"MLflow: {family}", key=f"frontier-{_artifact_key(family)}",
+                description=f"L0 against normalised MSE of {family} in MLflow, while `make ui` runs",
+            )  # fmt: skip
+
+
+def _artifact_key(name: str) -> str:
+    """Prefect's artifact keys hold lower-case letters, digits and dashes only."""
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
 def _main() -> int:
@@ -139,27 +191,50 @@ def _main() -> int:
         print(f"--workers {options.workers} --pipeline {options.pipeline}: give one worker or more and a dvc.yaml that "
               "exists", file=sys.stderr)  # fmt: skip
         return 2
-    if not os.environ.get("PREFECT_API_URL"):
-        return _with_server(["--pipeline", options.pipeline, "--workers", str(options.workers)])
+    named = os.environ.get("PREFECT_API_URL")
+    try:
+        if named and reachable(f"{named}/health"):
+            return _run(options.pipeline, options.workers)
+        interrupt_on_termination()
+        with prefect_server() as address:
+            print(f"Prefect  {address.removesuffix('/api')}", flush=True)
+            return _run_beside(address, ["--pipeline", options.pipeline, "--workers", str(options.workers)])
+    except NoServerError as error:
+        print(f"findings: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("findings: interrupted; run the same command to go on", file=sys.stderr)
+        return 130
+
+
+def _run(pipeline: str, workers: int) -> int:
+    """The flow, reporting to the server that PREFECT_API_URL names; the exit code."""
     reaped = reap_killed_runs()
     if reaped:
         print(f"marked {reaped} killed flow runs as crashed", flush=True)
-    runner: Any = ThreadPoolTaskRunner(max_workers=options.workers)
+    runner: Any = ThreadPoolTaskRunner(max_workers=workers)
     try:
         with tags(*process_tags()):
-            findings.with_options(task_runner=runner)(options.pipeline, options.workers)
+            findings.with_options(task_runner=runner)(pipeline, workers)
     except StageFailedError as error:
         print(error, file=sys.stderr)
         return 1
     return 0
 
 
-def _with_server(arguments: list[str]) -> int:
+def _run_beside(address: str, arguments: list[str]) -> int:
     """Run again beside a server: Prefect reads its address when it is imported, and reports until the process ends."""
-    with prefect_server() as address:
-        print(f"Prefect  {address.removesuffix('/api')}", flush=True)
-        command = [sys.executable, "-m", "flows.findings", *arguments]
-        return subprocess.run(command, env=os.environ | {"PREFECT_API_URL": address}, check=False).returncode
+    command = [sys.executable, "-m", "flows.findings", *arguments]
+    process = subprocess.Popen(command, env=os.environ | {"PREFECT_API_URL": address})
+    try:
+        return process.wait()
+    except KeyboardInterrupt:  # Ctrl-C in a terminal has reached the flow too, a SIGTERM has not
+        try:
+            process.wait(timeout=_SECONDS_TO_END)
+        except subprocess.TimeoutExpired:
+            process.terminate()
+            process.wait()
+        raise
 
 
 if __name__ == "__main__":

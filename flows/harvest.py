@@ -24,8 +24,10 @@ def harvest(stage: Stage) -> None:
             bar.total = total
             bar.update(done - bar.n)
 
-        harvest_activations(language_model, corpus, config, layers, stage.data / "cache",
-                            work=repository_root() / "work", progress=progress)  # fmt: skip
+        harvest_activations(
+            language_model, corpus, config, layers, stage.data / "cache",
+            work=repository_root() / "work", code=stage.identity((), ()), progress=progress,
+        )  # fmt: skip
 
 
 if __name__ == "__main__":

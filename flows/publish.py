@@ -2,21 +2,36 @@
 
 import argparse
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
+from crosshead.dictionaries.base import DictionaryConfig
+from crosshead.dictionaries.registry import config_class
 from crosshead.io.files import read_json
 from crosshead.params import Params, load_params
-from flows._tracking import TrackedRun, experiment_name, final_metrics, find_runs, open_client, record_tag, run_tags
+from crosshead.training.runs import Run
+from flows._tracking import (
+    TrackedRun,
+    experiment_name,
+    final_metrics,
+    find_runs,
+    open_client,
+    record_tag,
+    revision_of_record,
+    run_parameters,
+    run_tags,
+)
 from flows._views import add_views
 
 __all__ = ["publish"]
 
-_PARAMETERS = ("features", "heads_per_feature", "target", "sparsity", "control", "steps", "tokens_trained",
-               "parameters")  # fmt: skip
-
 
 def publish(params: Params) -> list[str]:
-    """Log every run that has a report and is not in MLflow with the same figures. Returns the names of those logged."""
+    """Log every run that has a report and is not in MLflow with the same figures. Returns the names of those logged.
+
+    A report of other parameters than the file now has is left out with a message: nothing says what it was made with.
+    """
     client = open_client()
     logged = []
     for run in params.runs.values():
@@ -28,15 +43,40 @@ def publish(params: Params) -> list[str]:
         mark = record_tag(final_metrics(record))
         if find_runs(client, experiment, record=mark, dvc__stage=stage):
             continue
+        config = _config(run, record)
+        differing = _differences(run, config, record)
+        if differing:
+            print(f"publish: {report} was made with other parameters than runs.{run.name} has now ("
+                  f"{'; '.join(differing)}); left out, run the stage {stage} first", file=sys.stderr)  # fmt: skip
+            continue
         home = Path(params.paths.data, "runs", run.name)
         history = read_json(home / "history.json") if (home / "history.json").exists() else []
-        tags = run_tags(stage, params.profile, run.series, run.seed, record["architecture"], record["layers"])
-        tracked = TrackedRun(experiment, run.name, f"published-{mark}-{run.name}",
-                             parameters={key: record[key] for key in _PARAMETERS}, tags=tags)  # fmt: skip
+        tags = run_tags(stage, params.profile, run.series, run.seed, config.kind, config.layers,
+                        revision_of_record(report))  # fmt: skip
+        parameters = run_parameters(config, run.schedule, run.seed, run.control)
+        tracked = TrackedRun(experiment, run.name, f"published-{mark}-{run.name}", parameters=parameters, tags=tags)
         tracked.finish(history, final_metrics(record), home)
         logged.append(run.name)
     add_views(client)
     return logged
+
+
+def _config(run: Run, record: Mapping[str, Any]) -> DictionaryConfig:
+    """The architecture's config on the layers that the record names: the survey that chose them may not be here."""
+    return config_class(run.kind).model_validate({**run.dictionary, "layers": record["layers"]})
+
+
+def _differences(run: Run, config: DictionaryConfig, record: Mapping[str, Any]) -> list[str]:
+    """What a record says of its parameters and the run does not, e.g. ``steps 40, now 400``."""
+    dictionary = config.model_dump(mode="json")
+    now = {
+        "architecture": config.kind,
+        **{name: dictionary.get(name) for name in ("features", "heads_per_feature", "sparsity")},
+        "seed": run.seed,
+        "control": run.control,
+        "steps": run.schedule.steps,
+    }
+    return [f"{name} {record.get(name)}, now {value}" for name, value in now.items() if record.get(name) != value]
 
 
 def _main() -> int:

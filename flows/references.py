@@ -1,10 +1,10 @@
 """Measure the reference points that every frontier is drawn with."""
 
 from crosshead.activations.batches import Batches
-from crosshead.activations.cache import ActivationCache
 from crosshead.activations.machine import Machine
 from crosshead.analysis.references import ReferenceConfig, attention_references, reference_sites
 from crosshead.io.files import atomic_directory, read_json, write_json
+from flows._inputs import open_cache
 from flows._runtime import Stage, main
 
 _CONTEXTS_PER_BATCH = 4
@@ -15,7 +15,7 @@ def references(stage: Stage) -> None:
     config = stage.section("references", ReferenceConfig)
     device = stage.section("machine", Machine).prepare()
     layer = read_json(stage.data / "survey" / "layers.json")["first"]
-    cache = ActivationCache.open(stage.data / "cache")
+    cache = open_cache(stage)
     splits = {split: Batches(cache, split, reference_sites(layer), _CONTEXTS_PER_BATCH, 0, device=device)
               for split in ("train", "heldout")}  # fmt: skip
     record = attention_references(

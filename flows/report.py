@@ -23,6 +23,7 @@ def report(stage: Stage) -> None:
         provenance=read_json(stage.data / "model" / "provenance.json"),
         corpus=read_json(stage.data / "corpus" / "manifest.json"),
         layers=read_json(stage.data / "survey" / "layers.json"),
+        layers_chosen_by=read_json(stage.data / "survey" / "summary.json")["layers_chosen_by"],
         survey=read_json(stage.data / "survey" / "survey.json"),
         references=read_json(stage.data / "references" / "references.json"),
         clusters=clusters,
@@ -31,15 +32,19 @@ def report(stage: Stage) -> None:
     )
     findings = judge(metrics, config)
     metrics["findings"] = [finding.model_dump(mode="json") for finding in findings]
-    with atomic_directory(stage.reports / "figures") as directory:
-        _draw(metrics, records, clusters, config, directory)
-    with atomic_directory(stage.reports / "plots") as directory:
-        keys = ("run", "series", "l0", "normalised_mse", "ce_recovered")
-        write_json(directory / "frontier.json", [{key: row[key] for key in keys} for row in metrics["frontier"]])
+    keys = ("run", "series", "l0", "normalised_mse", "ce_recovered")
+    # Everything is made before anything takes its place: a report is of one piece or the earlier one.
+    with atomic_directory(stage.reports / "figures") as figures_directory:
+        _draw(metrics, records, clusters, config, figures_directory)
+        markdown = render_markdown(metrics, findings)
+        page = render_html(markdown, figures_directory)
+        with atomic_directory(stage.reports / "plots") as plots_directory:
+            write_json(
+                plots_directory / "frontier.json", [{key: row[key] for key in keys} for row in metrics["frontier"]]
+            )
     write_json(stage.reports / "metrics.json", metrics)
-    markdown = render_markdown(metrics, findings)
     write_text(stage.reports / "findings.md", markdown)
-    write_text(stage.reports / "findings.html", render_html(markdown, stage.reports / "figures"))
+    write_text(stage.reports / "findings.html", page)
 
 
 def _draw(metrics: dict[str, Any], records: list[Any], clusters: Any, config: ReportConfig, directory: Path) -> None:
@@ -47,7 +52,8 @@ def _draw(metrics: dict[str, Any], records: list[Any], clusters: Any, config: Re
     figures.head_map(metrics["survey"], metrics["layers"], directory / "head_map.png")
     figures.mtc_frontier(frontier, metrics["references"], directory / "mtc_frontier.png")
     figures.attention_output_frontier(frontier, directory / "attention_output_frontier.png")
-    one, other = ([r for r in records if r["series"] == series] for series in config.one_layer)
+    one, other = ([r for r in records if r["series"] == series and r["seed"] == records[0]["seed"]]
+                  for series in config.one_layer)  # fmt: skip
     labels = ("two layers, equal total features", "two layers, equal features each")
     series: dict[str, str] = dict(zip(config.two_layer, labels, strict=False))
     series[config.two_layer_control] = "control: second layer from other contexts"

@@ -182,7 +182,7 @@ def _gpu(sections: Sections) -> str:
     for run in sections["runs"].values():
         run.pop("training", None)
     sections["evaluation"] |= {"splice_contexts": 64}
-    return "The gpu profile: 100,000 features per multitoken transcoder, 33 million tokens, bf16."
+    return "The gpu profile: 100,000 features per MTC, 33 million tokens (16 passes; a hub corpus has more), bf16."
 
 
 def _main() -> None:

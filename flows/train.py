@@ -17,8 +17,9 @@ from crosshead.dictionaries.registry import build
 from crosshead.io.files import atomic_directory, read_json, write_json
 from crosshead.training.fit import fit
 from crosshead.training.runs import Run, read_run
+from flows._inputs import open_cache
 from flows._runtime import Stage, main
-from flows._tracking import TrackedRun, experiment_name, final_metrics, run_tags
+from flows._tracking import TrackedRun, experiment_name, final_metrics, run_parameters, run_tags
 
 
 def train(stage: Stage) -> None:
@@ -28,7 +29,7 @@ def train(stage: Stage) -> None:
     device = stage.section("machine", Machine).prepare()
     layers = read_json(stage.data / "survey" / "layers.json")
     config = run.dictionary_config(layers)
-    cache = ActivationCache.open(stage.data / "cache")
+    cache = open_cache(stage)
     module = build(config, cache.dims)
     identity = _identity(stage, run)
     with stage.work(identity) as work, _tracked(stage, run, config, identity) as tracked:
@@ -42,7 +43,8 @@ def train(stage: Stage) -> None:
         )  # fmt: skip
         size = evaluation.contexts_per_batch
         heldout = Batches(cache, "heldout", module.sites, size, run.seed, run.control, device)
-        measured = evaluate(module, heldout.all(), evaluation)
+        refit = Batches(cache, "train", module.sites, size, run.seed, run.control, device)
+        measured = evaluate(module, heldout.all(), evaluation, refit.sample(evaluation.refit_contexts, run.seed + 2))
         spliced = _splice(stage, module, cache, evaluation, device)
         record = run_record(run, module, measured, spliced, tokens_trained=result.tokens)
         _save(stage, run, module, {"history": result.history, "feature_counts": measured.feature_counts}, record)
@@ -67,9 +69,6 @@ def _splice(
 ) -> Splicing:
     """Splice into the base model, always on the contexts as they are: a control has no say in what the model reads."""
     language_model = load_model(stage.data / "model", device=device)
-    if language_model.fingerprint != cache.manifest.model:
-        raise ValueError(f"{cache.directory} was made by another model ({cache.manifest.model}, the model is "
-                         f"{language_model.fingerprint}); run the harvest stage again")  # fmt: skip
     batches = Batches(cache, "heldout", module.sites, 1, 0, device=device).all()
     return cross_entropy_recovered(module, language_model, islice(batches, config.splice_contexts))
 
@@ -89,8 +88,7 @@ def _save(stage: Stage, run: Run, module: Dictionary, beside: Mapping[str, Any],
 
 @contextmanager
 def _tracked(stage: Stage, run: Run, config: Any, identity: str) -> Iterator[TrackedRun]:
-    parameters = {"dictionary": config.model_dump(mode="json"), "training": run.schedule.model_dump(mode="json"),
-                  "seed": run.seed, "control": run.control}  # fmt: skip
+    parameters = run_parameters(config, run.schedule, run.seed, run.control)
     tags = run_tags(stage.name, stage.profile, run.series, run.seed, config.kind, config.layers)
     experiment = experiment_name(stage.profile, run.family)
     tracked = TrackedRun(experiment, run.name, identity, parameters=parameters, tags=tags)

@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from crosshead.params import load_params
+from crosshead.activations.survey import LayerChoice
+from crosshead.io.settings import SECTION_NAMES
+from crosshead.params import _CONFIGS, load_params
 
 ROOT = Path(__file__).resolve().parents[1]
 FILES = [ROOT / "params.yaml", *sorted(ROOT.glob("flows/profiles/*/params.yaml"))]
@@ -96,6 +98,75 @@ WRONG = {
         "runs.mtc-k20.training", {"stepz": 3}, "runs.mtc-k20.training.stepz is not a parameter (got 3)"
     ),
     "run without a series": ("runs.mtc-k20.series", None, "runs.mtc-k20.series = None"),
+    "architecture that is no name": (
+        "runs.mtc-k20.kind", ["mtc"], "runs.mtc-k20.kind = ['mtc'] is not an architecture"
+    ),
+    "defaults that are no mapping": (
+        "dictionaries.mtc", 3, "dictionaries.mtc = 3 is not a mapping; give it parameters"
+    ),
+    "schedule of an architecture that is no mapping": (
+        "dictionaries.mtc.training", 3, "dictionaries.mtc.training = 3 is not a mapping; give it parameters"
+    ),
+    "schedule of a run that is no mapping": ("runs.mtc-k20.training", 3, "runs.mtc-k20.training = 3: "),
+    "section that is no mapping": ("machine", [], "machine = []: input should be a valid dictionary"),
+    "paths that are no mapping": ("paths", "data", "paths = 'data': input should be a valid dictionary"),
+    "boolean for a number": ("training.steps", True, "training.steps = True: input should be a number"),
+    "boolean inside a run": (
+        "runs.mtc-k20.sparsity.k", True, "runs.mtc-k20.sparsity.k = True: input should be a number"
+    ),
+    "boolean for a number of movers": (
+        "runs.mtc-k20.heads_per_feature", True, "runs.mtc-k20.heads_per_feature = True: input should be a number"
+    ),
+    "boolean for a seed": ("runs.mtc-k20.seed", False, "runs.mtc-k20.seed = False: input should be a number"),
+    "infinity": (
+        "training.learning_rate", float("inf"), "training.learning_rate = inf: input should be a finite number"
+    ),
+    "no number at all": ("training.learning_rate", float("nan"), "training.learning_rate = nan: "),
+    "infinity inside a run": (
+        "runs.mtc-k20.sparsity", {"kind": "l1", "coefficient": float("inf")},
+        "runs.mtc-k20.sparsity.coefficient = inf: input should be a finite number",
+    ),
+    "unknown profile": ("profile", "labtop", "profile = 'labtop' is not a profile; did you mean 'laptop'?"),
+    "layer twice": (
+        "runs.value-both-k16.layers", ["first", "first"],
+        "runs.value-both-k16.layers = ['first', 'first'] names a layer twice; give each once",
+    ),
+    "number twice": (
+        "runs.value-both-k16.layers", [3, 3], "runs.value-both-k16.layers: got layers [3, 3]; give numbers"
+    ),
+    "layers from above": ("runs.value-both-k16.layers", [9, 3], "runs.value-both-k16.layers: got layers [9, 3]"),
+    "negative layer": ("runs.mtc-k20.layers", [-1], "runs.mtc-k20.layers: got layers [-1]; give numbers from 0 on"),
+    "boolean layer": ("runs.mtc-k20.layers", [True], "runs.mtc-k20.layers.0 = True: input should be a number"),
+    "k above the features": (
+        "runs.mtc-k20.sparsity.k", 600,
+        "runs.mtc-k20.sparsity.k = 600 exceeds features = 512; lower it or raise features",
+    ),
+    "cluster of an unknown run": (
+        "clusters.runs", ["mtc-k6O"], "clusters.runs names 'mtc-k6O', which is not under runs; did you mean 'mtc-k60'?"
+    ),
+    "layer that is not harvested": (
+        "runs.value-first-k8.layers", ["adjacent"],
+        "runs.value-first-k8.layers: harvest.sites lacks v of layer adjacent; add {layer: adjacent, names: [v]} to it",
+    ),
+    "number that is not harvested": (
+        "runs.mtc-k20.layers", [5],
+        "runs.mtc-k20.layers: harvest.sites lacks attn_out, k, q, resid_in, v of layer 5; add {layer: 5, names: [",
+    ),
+    "site that is not harvested": (
+        "runs.attn-out-k20.layers", ["second"],
+        "runs.attn-out-k20.layers: harvest.sites lacks attn_out of layer second; add {layer: second, names: [",
+    ),
+    "surveyed layers of the wrong number": (
+        "survey.layers", [3, 9], "got survey.layers = [3, 9]; write auto or three layers, [first, second, adjacent]"
+    ),
+    "negative surveyed layer": ("survey.layers", [3, -9, 4], "survey.layers lists -9; layers are numbers from 0 on"),
+    "negative surveyed layer by name": (
+        "survey.layers", {"first": 3, "second": 9, "adjacent": -4},
+        "survey.layers.adjacent = -4: input should be greater than or equal to 0",
+    ),
+    "surveyed layers from above": (
+        "survey.layers", [9, 3, 8], "survey.layers: first=9 lies above second=3; exchange them"
+    ),
     "run that is no mapping": ("runs.mtc-k20", 60, "runs.mtc-k20 = 60 is not a mapping; give it kind"),
 }  # fmt: skip
 
@@ -111,6 +182,43 @@ def test_a_wrong_value_is_named_with_its_key_and_a_remedy(name: str, tmp_path: P
     message = fault(tmp_path, sections)
     assert expected in message
     assert len(message.splitlines()) == 1
+
+
+def test_sections_are_known_by_the_same_names_to_stages_and_to_the_whole_file():
+    assert {"profile", "dictionaries", "runs", *_CONFIGS} == set(SECTION_NAMES)
+
+
+def test_a_run_may_read_numbered_layers_that_are_harvested(tmp_path: Path, sections: dict):
+    path = tmp_path / "params.yaml"
+    sections["harvest"]["sites"].append({"layer": 3, "names": ["v"]})
+    sections["runs"]["value-both-k16"]["layers"] = [3, "first"]
+    path.write_text(yaml.safe_dump(sections))
+    run = load_params(path).runs["value-both-k16"]
+    assert run.dictionary_config({"first": 17}).layers == (3, 17)
+    assert run.dictionary_config({"first": 1}).layers == (1, 3)
+
+
+def test_layers_named_by_hand_are_harvested_under_either_name(tmp_path: Path, sections: dict):
+    path = tmp_path / "params.yaml"
+    sections["survey"]["layers"] = [17, 23, 18]
+    sections["runs"]["value-both-k16"]["layers"] = [17, "second"]
+    path.write_text(yaml.safe_dump(sections))
+    params = load_params(path)
+    assert params.survey.layers == LayerChoice(first=17, second=23, adjacent=18)
+    sections["runs"]["value-both-k16"]["layers"] = [17, 18]
+    assert "harvest.sites lacks v of layer 18" in fault(tmp_path, sections)
+
+
+def test_an_architecture_itself_says_which_sites_it_reads(tmp_path: Path, sections: dict):
+    sections["harvest"]["sites"] = [{"layer": "first", "names": ["q", "k", "v"]}, {"layer": "second", "names": ["v"]}]
+    message = fault(tmp_path, sections)
+    assert "runs.mtc-k20.layers: harvest.sites lacks attn_out, resid_in of layer first" in message
+    assert "runs.value" not in message
+    sections["runs"] = {"heads": sections["runs"]["attn-out-k20"] | {"per_head": True}}
+    sections["clusters"]["runs"] = ["heads"]
+    path = tmp_path / "params.yaml"
+    path.write_text(yaml.safe_dump(sections))
+    load_params(path)
 
 
 def test_a_missing_section_is_named(tmp_path: Path, sections: dict):
@@ -130,12 +238,12 @@ def test_a_run_overrides_its_architecture_which_overrides_training(tmp_path: Pat
     sections["training"]["steps"] = 10
     sections["dictionaries"]["value_sae"]["training"] = {"steps": 20}
     other = copy.deepcopy(sections["runs"]["value-first-k8"])
-    sections["runs"]["own"] = other | {"training": {"steps": 30}, "features": 7}
+    sections["runs"]["own"] = other | {"training": {"steps": 30}, "features": 9}
     path = tmp_path / "params.yaml"
     path.write_text(yaml.safe_dump(sections))
     runs = load_params(path).runs
     assert [runs[name].schedule.steps for name in ("mtc-k20", "value-first-k8", "own")] == [10, 20, 30]
-    assert runs["own"].dictionary_config({"first": 3}).features == 7
+    assert runs["own"].dictionary_config({"first": 3}).features == 9
     assert runs["own"].dictionary_config({"first": 3}).layers == (3,)
 
 

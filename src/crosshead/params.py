@@ -1,32 +1,38 @@
 """A whole parameter file: the configs that live beside their consumers, put together.
 
-A stage validates its own sections only, so that its code dependencies stay its own; ``load_params`` validates all
-of them at once, before anything runs. ``python -m crosshead.params FILE...`` says what is wrong and exits with 2.
+A stage validates its own sections only, so that its code dependencies stay its own; ``load_params`` validates all of
+them, and against one another, before anything runs. ``python -m crosshead.params FILE...`` says what is wrong and exits
+with 2.
 """
 
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
+import torch
 from pydantic import BaseModel, ConfigDict
 
 from crosshead.activations.base_model import ModelConfig
 from crosshead.activations.corpus import CorpusConfig
 from crosshead.activations.harvest import HarvestConfig
 from crosshead.activations.machine import Machine
-from crosshead.activations.survey import SurveyConfig
+from crosshead.activations.sites import stored_sites
+from crosshead.activations.survey import LayerChoice, SurveyConfig
 from crosshead.analysis.clustering import ClusterConfig
 from crosshead.analysis.evaluation import EvaluationConfig
 from crosshead.analysis.findings import ReportConfig
 from crosshead.analysis.references import ReferenceConfig
-from crosshead.dictionaries.registry import KINDS
-from crosshead.io.settings import nearest, parse_section, read_sections
+from crosshead.dictionaries.base import ModelDims
+from crosshead.dictionaries.registry import KINDS, build
+from crosshead.io.settings import SECTION_NAMES, misspelt_sections, nearest, parse_section, read_sections
 from crosshead.training.fit import TrainingConfig
-from crosshead.training.runs import Run, read_run
+from crosshead.training.runs import UNCHOSEN_LAYERS, Run, read_defaults, read_run
 
-__all__ = ["Params", "Paths", "load_params"]
+__all__ = ["Params", "Paths", "Profile", "load_params"]
+
+Profile = Literal["laptop", "smoke", "evidence", "gpu"]
 
 
 class Paths(BaseModel):
@@ -50,7 +56,7 @@ class Paths(BaseModel):
 class Params:
     """A validated profile."""
 
-    profile: str
+    profile: Profile
     paths: Paths
     machine: Machine
     model: ModelConfig
@@ -79,26 +85,30 @@ _CONFIGS: dict[str, type[BaseModel]] = {
     "report": ReportConfig,
 }
 _SHOWN = 10
-_SECTIONS = ("profile", *_CONFIGS, "dictionaries", "runs")
+# The model is not known yet: no dictionary lies too deep or has too many heads for this one.
+_ANY_MODEL = ModelDims(d_model=1, n_heads=4096, n_kv_heads=4096, head_dim=1, n_layers=2_000_000)
 
 
 def load_params(path: Path | str) -> Params:
     """Read and validate a parameter file. ValueError with one line for every fault."""
     sections = read_sections(path)
-    faults = [
-        f"{path}: {name} is not a section; {nearest(name, _SECTIONS)}" for name in sections if name not in _SECTIONS
-    ]
-    faults += [f"{path}: {name} is missing; add it" for name in _SECTIONS if name not in sections]
+    faults = misspelt_sections(sections, path)
+    faults += [f"{path}: {name} is missing; add it" for name in SECTION_NAMES if name not in sections]
+    if "profile" in sections and sections["profile"] not in get_args(Profile):
+        known = nearest(str(sections["profile"]), get_args(Profile))
+        faults.append(f"{path}: profile = {sections['profile']!r} is not a profile; {known}")
     found: dict[str, Any] = {}
     for name, config in _CONFIGS.items():
         if name in sections:
             with _collecting(faults):
-                found[name] = parse_section(config, sections[name] or {}, name, path)
+                section = sections[name]
+                found[name] = parse_section(config, {} if section is None else section, name, path)
     with _collecting(faults):
         found["runs"] = _read_runs(sections, path, faults)
+    faults += _at_odds(sections, found, path)
     if faults:
         raise ValueError("\n".join(dict.fromkeys(faults)))
-    return Params(profile=str(sections["profile"]), **found)
+    return Params(profile=sections["profile"], **found)
 
 
 class _collecting:  # noqa: N801 - reads as a statement
@@ -121,15 +131,50 @@ def _read_runs(sections: Mapping[str, Any], path: Path | str, faults: list[str])
     defaults, entries = sections.get("dictionaries") or {}, sections.get("runs") or {}
     if not isinstance(defaults, dict) or not isinstance(entries, dict):
         raise ValueError(f"{path}: dictionaries and runs are mappings from names to parameters; correct them")
-    for kind in defaults:
-        if kind not in KINDS:
-            faults.append(f"{path}: dictionaries.{kind} is not an architecture; {nearest(kind, KINDS)}")
+    training = sections.get("training") or {}
+    for kind, own in defaults.items():
+        with _collecting(faults):
+            if kind not in KINDS:
+                raise ValueError(f"{path}: dictionaries.{kind} is not an architecture; {nearest(str(kind), KINDS)}")
+            read_defaults(kind, own or {}, training, path)
     runs = {}
     for name, entry in entries.items():
         with _collecting(faults):
+            if not isinstance(name, str):
+                raise ValueError(f"{path}: runs.{name} has no name but a {type(name).__name__}; put it in quotes")
             kind = entry.get("kind") if isinstance(entry, dict) else None
-            runs[name] = read_run(name, entry, defaults.get(kind) or {}, sections.get("training") or {}, path)
+            own = defaults.get(kind) if isinstance(kind, str) else None
+            runs[name] = read_run(name, entry, own or {}, training, path)
     return runs
+
+
+def _at_odds(sections: Mapping[str, Any], found: Mapping[str, Any], path: Path | str) -> list[str]:
+    """Sections that are right in themselves and do not fit one another."""
+    faults: list[str] = []
+    if "clusters" in found and isinstance(sections.get("runs"), dict):
+        known = [str(name) for name in sections["runs"]]
+        faults += [f"{path}: clusters.runs names {name!r}, which is not under runs; {nearest(name, known)}"
+                   for name in found["clusters"].runs if name not in known]  # fmt: skip
+    if {"survey", "harvest", "runs"} <= found.keys():
+        for run in found["runs"].values():
+            with _collecting(faults):
+                faults += _not_harvested(run, found["harvest"], found["survey"], path)
+    return faults
+
+
+def _not_harvested(run: Run, harvest: HarvestConfig, survey: SurveyConfig, path: Path | str) -> list[str]:
+    """Which sites a run reads that the harvest does not keep. The architecture itself says what it reads."""
+    layers = survey.layers.model_dump() if isinstance(survey.layers, LayerChoice) else UNCHOSEN_LAYERS
+    with torch.device("meta"):  # shapes without memory
+        module = build(run.dictionary_config(layers), _ANY_MODEL)
+    needed = stored_sites((*module.sites, *module.start_sites))
+    absent = sorted(set(needed) - set(harvest.resolve(layers)))
+    as_written = {layers[layer]: layer for layer in run.dictionary["layers"] if isinstance(layer, str)}
+    by_layer: dict[str | int, list[str]] = {}
+    for site in absent:
+        by_layer.setdefault(as_written.get(site.layer, site.layer), []).append(site.name)
+    return [f"{path}: runs.{run.name}.layers: harvest.sites lacks {', '.join(names)} of layer {layer}; add "
+            f"{{layer: {layer}, names: [{', '.join(names)}]}} to it" for layer, names in by_layer.items()]  # fmt: skip
 
 
 def _main(paths: Sequence[str]) -> int:

@@ -1,3 +1,4 @@
+import errno
 import json
 import shutil
 import zipfile
@@ -7,6 +8,7 @@ import pytest
 import torch
 from gguf import GGUFReader, dequantize
 from pydantic import ValidationError
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from crosshead.activations.base_model import (
@@ -197,6 +199,17 @@ def test_a_hub_model_keeps_its_weights_and_names_its_origin(llama, tmp_path):
     assert (model.provenance["source"], model.provenance["revision"]) == ("hub", "v1")
     for name, tensor in load_model(llama).model.state_dict().items():
         torch.testing.assert_close(model.model.state_dict()[name], tensor, rtol=0, atol=0)
+
+
+def test_a_full_disk_is_an_os_error_that_names_the_model(llama, tmp_path, monkeypatch):
+    def fills_the_disk(*_: object, **__: object) -> None:
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr("transformers.modeling_utils.PreTrainedModel.save_pretrained", fills_the_disk)
+    with pytest.raises(OSError, match="No space left") as caught:
+        prepare_model(ModelConfig(source="hub", id=str(llama)), tmp_path / "model", work=tmp_path / "work")
+    assert (caught.value.errno, caught.value.filename) == (errno.ENOSPC, str(tmp_path / "model"))
+    assert not list(tmp_path.glob("*model*"))
 
 
 def put_wheel(work: Path, members: dict[str, bytes]) -> None:

@@ -9,6 +9,7 @@ import torch
 from crosshead.activations.cache import ActivationCache
 from crosshead.activations.corpus import Corpus
 from crosshead.dictionaries.base import Site
+from crosshead.io.files import sha256_file
 from tests.activations.harvests import LENGTH, make_corpus, run_harvest
 
 
@@ -107,7 +108,43 @@ def test_a_flipped_bit_is_found_when_hashes_are_checked(damaged: Path):
         ActivationCache.open(damaged, verify="sha256")
 
 
-def test_shards_that_changed_places_are_refused(damaged: Path):
+def test_shards_of_equal_size_that_changed_places_are_found_when_hashes_are_checked(damaged: Path):
+    first, second = damaged / "train-00000.arrow", damaged / "train-00001.arrow"
+    assert first.stat().st_size == second.stat().st_size
+    first.rename(damaged / "aside")
+    second.rename(first)
+    (damaged / "aside").rename(second)
+    with pytest.raises(ValueError, match=r"train-00000\.arrow is damaged: its sha256 is"):
+        ActivationCache.open(damaged, verify="sha256")
+
+
+def test_a_file_found_intact_is_hashed_again_only_when_it_changed(damaged: Path, tmp_path: Path, monkeypatch):
+    note, hashed = tmp_path / "verified.json", []
+
+    def counting(path):
+        hashed.append(Path(path).name)
+        return sha256_file(path)
+
+    monkeypatch.setattr("crosshead.activations.cache.sha256_file", counting)
+    shards = sorted(path.name for path in damaged.glob("*.arrow"))
+    ActivationCache.open(damaged, verify="sha256", remember=note)
+    assert sorted(set(hashed) - {"weights.safetensors"}) == shards
+    hashed.clear()
+    ActivationCache.open(damaged, verify="sha256", remember=note)
+    assert hashed == ["weights.safetensors"]
+    changed = damaged / "train-00001.arrow"
+    data = bytearray(changed.read_bytes())
+    data[len(data) // 2] ^= 1
+    changed.write_bytes(data)
+    with pytest.raises(ValueError, match=r"train-00001\.arrow is damaged: its sha256 is"):
+        ActivationCache.open(damaged, verify="sha256", remember=note)
+    note.write_text("{")
+    changed.unlink()
+    with pytest.raises(ValueError, match=r"train-00001\.arrow is missing"):
+        ActivationCache.open(damaged, verify="sha256", remember=note)
+
+
+def test_a_shard_of_another_number_of_contexts_is_refused(damaged: Path):
     manifest = json.loads((damaged / "manifest.json").read_text())
     shard = manifest["shards"]["train"][0]
     shard["contexts"] = 3

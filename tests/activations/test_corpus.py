@@ -210,6 +210,48 @@ def test_a_missing_or_damaged_corpus_is_refused(texts, tokenizer, name):
         Corpus.load(texts / "corpus")
 
 
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"format": 2}, r"manifest\.json has format 2, this version reads 1; delete the directory"),
+        ({"sha256": None}, r"manifest\.json is damaged: sha256 = None; delete the directory"),
+        ({"n_contexts": {"train": 24}}, "manifest.json is damaged: n_contexts = .*'train': 24"),
+        ({"n_contexts": {"train": 24, "heldout": 9}}, r"holds 32 contexts, the manifest says .*'heldout': 9"),
+        ({"context_length": 17}, "holds contexts of 16 tokens, the manifest says 17"),
+    ],
+)
+def test_a_manifest_that_does_not_fit_is_refused(texts, tokenizer, changes, said):
+    build(local_config(texts), tokenizer, texts)
+    path = texts / "corpus" / "manifest.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    with pytest.raises(ValueError, match=said):
+        Corpus.load(texts / "corpus")
+
+
+def test_a_manifest_that_is_no_mapping_is_refused(texts, tokenizer):
+    build(local_config(texts), tokenizer, texts)
+    (texts / "corpus" / "manifest.json").write_text("[1]")
+    with pytest.raises(ValueError, match="holds list, expected a mapping"):
+        Corpus.load(texts / "corpus")
+
+
+@pytest.mark.parametrize(
+    ("table", "said"),
+    [(None, "is damaged"), (pa.table({"tokens": [1]}), "has no column document, domain; delete the directory")],
+)
+def test_contexts_that_are_none_are_refused_although_their_hash_is_right(texts, tokenizer, table, said):
+    build(local_config(texts), tokenizer, texts)
+    path, manifest = texts / "corpus" / "contexts.arrow", texts / "corpus" / "manifest.json"
+    if table is None:
+        path.write_bytes(b"no table at all")
+    else:
+        with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
+            writer.write_table(table)
+    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"sha256": sha256_file(path)}))
+    with pytest.raises(ValueError, match=said):
+        Corpus.load(texts / "corpus")
+
+
 def test_a_corpus_of_another_tokenizer_is_refused(texts, tokenizer, tiny_model_directory):
     corpus = build(local_config(texts), tokenizer, texts)
     corpus.check_tokenizer(tokenizer)

@@ -160,11 +160,24 @@ def test_a_full_disk_is_one_clear_error_and_leaves_nothing_half_written(tiny_mod
         if done == 4 and not list(state.glob("cache/.*.tmp")):
             (state / "cache" / f".train-00001.arrow.{os.getpid()}.tmp").symlink_to("/dev/full")
 
-    with pytest.raises(ValueError, match=r"disk is full while writing the cache under .* free some space"):
+    with pytest.raises(OSError, match=r"disk is full while writing the cache; free some space .*/work/") as caught:
         run_harvest(model, tmp_path, config, progress=fill)
+    assert caught.value.errno == errno.ENOSPC
     assert file_bytes(tmp_path / "cache") == earlier
     assert [path.name for path in (state / "cache").iterdir()] == ["train-00000.arrow"]
     assert file_bytes(run_harvest(model, tmp_path, config)) != earlier
+
+
+def test_a_disk_that_fills_up_under_the_weights_is_told_the_same_way(tiny_model, tmp_path: Path, monkeypatch):
+    def fills_the_disk(path: Path, content: bytes) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", fills_the_disk)
+    with pytest.raises(OSError, match="disk is full while writing the cache"):
+        run_harvest(tiny_model("llama"), tmp_path)
+    monkeypatch.undo()
+    assert not (tmp_path / "cache").exists()
+    run_harvest(tiny_model("llama"), tmp_path)
 
 
 def test_a_harvest_that_cannot_fit_is_refused_before_it_starts(tiny_model, tmp_path: Path, monkeypatch):
@@ -220,7 +233,7 @@ def test_progress_counts_every_context_once(tiny_model, tmp_path: Path):
 def test_a_bad_request_is_refused_before_anything_is_written(tiny_model, tmp_path: Path):
     model = tiny_model("llama")
     for changes, message in (
-        ({"sites": [{"layer": 3, "names": ["v"]}]}, "layer 3 is out of range"),
+        ({"sites": [{"layer": 3, "names": ["v"]}]}, "layer 3 is out of range; .*; correct harvest.sites"),
         (
             {"sites": [{"layer": "adjacent", "names": ["v"]}]},
             "names the layer 'adjacent', the survey chose first, second",

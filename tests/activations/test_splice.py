@@ -4,7 +4,7 @@ import torch
 from crosshead.activations.anatomy import anatomy
 from crosshead.activations.base_model import LanguageModel
 from crosshead.activations.capture import capture
-from crosshead.activations.splice import splice
+from crosshead.activations.splice import run_with_prefix, splice
 from crosshead.dictionaries.base import Site
 
 FAMILIES = ("gpt2", "gpt_neox", "llama", "qwen3", "gemma2")
@@ -122,3 +122,36 @@ def test_unfit_replacements_are_refused(tiny_model):
         splice(model, tokens, {}, mask.float())
     with pytest.raises(ValueError, match="layer 3 is out of range"):
         splice(model, tokens, {Site(3, "attn_out"): torch.zeros(2, 16, 32)}, mask)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("name", NAMES)
+def test_beginning_at_a_prefix_changes_no_logit(family: str, name: str, tiny_model):
+    model, tokens = tiny_model(family), some_tokens()
+    logits, prefix = run_with_prefix(model, tokens, 1)
+    assert torch.equal(logits, splice(model, tokens, {}, some_mask(tokens)))
+    replacements = {site: torch.randn_like(own) for site, own in capture(model, tokens, [Site(1, name)]).items()}
+    whole = splice(model, tokens, replacements, some_mask(tokens))
+    assert torch.equal(splice(model, tokens, replacements, some_mask(tokens), prefix=prefix), whole)
+    assert torch.equal(model.model(tokens).logits, logits), "the layers below are themselves again"
+
+
+def test_layers_below_a_prefix_are_not_run(tiny_model):
+    model, tokens = tiny_model("llama"), some_tokens()
+    _, prefix = run_with_prefix(model, tokens, 1)
+    part = anatomy(model).layers[0]
+    calls = []
+    handle = part.attention.register_forward_hook(lambda *_: calls.append(1))
+    splice(model, tokens, {}, some_mask(tokens), prefix=prefix)
+    handle.remove()
+    assert calls == []
+
+
+def test_a_prefix_of_other_tokens_or_above_a_replacement_is_refused(tiny_model):
+    model, tokens = tiny_model("llama"), some_tokens()
+    _, prefix = run_with_prefix(model, tokens, 1)
+    with pytest.raises(ValueError, match="make it from the same tokens"):
+        splice(model, tokens[:, :-1], {}, some_mask(tokens[:, :-1]), prefix=prefix)
+    below = capture(model, tokens, [Site(0, "attn_out")])
+    with pytest.raises(ValueError, match=r"replacements at 0\.attn_out"):
+        splice(model, tokens, below, some_mask(tokens), prefix=prefix)

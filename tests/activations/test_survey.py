@@ -137,6 +137,12 @@ def test_listed_layers_override_the_choice(tiny_model, corpus):
     assert survey(tiny_model("llama"), corpus, config).layers == LayerChoice(first=1, second=2, adjacent=0)
 
 
+def test_a_list_names_first_second_and_adjacent():
+    expected = LayerChoice(first=17, second=23, adjacent=18)
+    assert SurveyConfig.model_validate({"layers": [17, 23, 18]}).layers == expected
+    assert SurveyConfig(layers=expected).layers == expected
+
+
 # --- bad input
 
 
@@ -165,6 +171,13 @@ def test_a_corpus_of_another_tokenizer_is_refused(smollm2, corpus):
         ({"layers": "best"}, "auto"),
         ({"layers": {"first": 1}}, "Field required"),
         ({"layers": {"first": 1, "second": 1, "adjacent": 2}}, "first=1 must differ"),
+        ({"layers": [17, 23]}, r"got survey.layers = \[17, 23\]; write auto or three layers"),
+        ({"layers": 17}, r"got survey.layers = 17; write auto or three layers"),
+        ({"layers": [17, -23, 18]}, "survey.layers lists -23; layers are numbers from 0 on"),
+        ({"layers": [17, True, 18]}, "survey.layers lists True"),
+        ({"layers": [17, 17, 18]}, "first=17 must differ"),
+        ({"layers": [23, 17, 18]}, "first=23 lies above second=17; exchange them"),
+        ({"layers": {"first": 3, "second": 2, "adjacent": 4}}, "first=3 lies above second=2"),
         ({"sequence": 3}, "Extra inputs"),
         ({"length": 1}, "greater than or equal to 4"),
         ({"seed": -1}, "greater than or equal to 0"),

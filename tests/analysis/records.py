@@ -28,8 +28,11 @@ def record(series: str, l0: float, mse: float, seed: int = 0, **other: Any) -> d
             "context_variance": variance, "l1": 1.0,
             "l0_query": 5.0 if moved else None, "l0_triples": 7.0 if moved else None,
             "superposition": spread if moved else None,
+            "pruned": [{"movers": m, "normalised_mse": mse * (1 + 0.2 / m), "n_tokens": 900} for m in (1, 2, 10)]
+            if moved else [],
+            "n_tokens_detail": 900 if moved else 0, "density_histogram": [1, 2], "density_edges": [-2.0, -1.0, 0.0],
         },
-        "splicing": {"kl": 0.1, "delta_ce": 0.05},
+        "splicing": {"kl": 0.1, "delta_ce": 0.05, "n_tokens": 700},
     } | other  # fmt: skip
 
 
@@ -39,7 +42,7 @@ def documents(seeds=(0,), top1_factor: float = 1.1, both_factor: float = 0.9, p_
     value = {"architecture": "value_sae", "target": "v", "heads_per_feature": None,
              "sparsity": {"kind": "l1", "coefficient": 1.0}}  # fmt: skip
     for seed in seeds:
-        for l0 in (30, 60, 110):
+        for l0 in (30, 60, 110, 200):
             rows.append(record("mtc", l0, 5 / l0, seed))
             rows.append(record("top1", l0, top1_factor * 5 / l0, seed, heads_per_feature=1))
             for series in ("value-first", "value-second"):
@@ -58,6 +61,7 @@ def documents(seeds=(0,), top1_factor: float = 1.1, both_factor: float = 0.9, p_
         "provenance": {"id": "m==1", "source": "pypi", "note": "4-bit weights.", "quantisation": "Q4_1"},
         "corpus": {"context_length": 64, "n_contexts": {"train": 32, "heldout": 8}, "fingerprint": "f",
                    "sources": [{"domain": "prose"}, {"domain": "code"}]},
+        "layers_chosen_by": "survey",
         "layers": {"first": 17, "second": 23, "adjacent": 18},
         "survey": [{"layer": layer, "head": head, "induction": 0.1 * head, "previous_token": 0.1,
                     "duplicate_token": 0.0, "first_token": 0.4} for layer in range(3) for head in range(4)],
@@ -68,5 +72,7 @@ def documents(seeds=(0,), top1_factor: float = 1.1, both_factor: float = 0.9, p_
                      "sizes": [{"source": s, "k": 64, "seed": 0, "sizes": [9, 5, 2, 1, 0]} for s in sources],
                      "agreement": [{"source": "mtc-30", "k": 64, "adjusted_rand": 0.5}], "n_features": {"mtc-30": 120}},
         "audit": {"tolerance": 1e-4, "runs": [{"run": "mtc-30", "architecture": "mtc", "normalised_mse": 0.16,
-                                               "recomputed": 0.16, "difference": 2e-8, "agrees": True}]},
+                                               "recomputed": 0.16, "difference": 2e-8, "agrees": True,
+                                               "heads_per_feature": "all", "target": "attn_out", "sparsity": "topk",
+                                               "reason": None}]},
     }  # fmt: skip

@@ -1,9 +1,10 @@
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from crosshead.activations.capture import capture, layer_weights
-from crosshead.analysis.audit import audit_runs
-from crosshead.dictionaries.base import Batch
+from crosshead.analysis.audit import _activations, audit_runs
+from crosshead.dictionaries.base import Batch, Site
 from crosshead.dictionaries.registry import build, config_class
 from tests.dictionaries.cases import SPARSITIES
 
@@ -52,14 +53,33 @@ def test_the_audit_agrees_with_the_dictionaries_own_arithmetic(sparsity, tiny_mo
         directories[name] = tmp_path / name
         module.save(directories[name])
     audited = audit_runs(directories, tiny_model_directory("llama"), tokens)
-    assert audited == pytest.approx(expected, abs=1e-4)
+    assert {name: found.normalised_mse for name, found in audited.items()} == pytest.approx(expected, abs=1e-4)
 
 
-def test_a_fused_value_projection_is_refused_for_value_saes(tiny_model, tiny_model_directory, tmp_path):
-    model = tiny_model("gpt2")
-    config = config_class("value_sae").model_validate(
-        {"kind": "value_sae", "layers": [1], "features": 8, "sparsity": {"kind": "topk", "k": 2}}
-    )
-    build(config, model.dims).save(tmp_path / "run")
-    with pytest.raises(ValueError, match=r"no v_proj \(fused projections\)"):
-        audit_runs({"run": tmp_path / "run"}, tiny_model_directory("gpt2"), torch.zeros(1, 5, dtype=torch.long))
+def test_a_fused_value_projection_leaves_value_saes_out_with_a_reason_and_audits_the_rest(
+    tiny_model, tiny_model_directory, tmp_path
+):
+    model, directories = tiny_model("gpt2"), {}
+    tokens = torch.randint(1, 250, (4, 12), generator=torch.Generator().manual_seed(0))
+    for kind in ("value_sae", "attn_out_sae"):
+        config = config_class(kind).model_validate(
+            {"kind": kind, "layers": [1], "features": 8, "sparsity": {"kind": "topk", "k": 2}}
+        )
+        module = build(config, model.dims)
+        module.start_([batch_of(model, tokens, module.sites)], {}, torch.Generator().manual_seed(0))
+        module.save(tmp_path / kind)
+        directories[kind] = tmp_path / kind
+    audited = audit_runs(directories, tiny_model_directory("gpt2"), tokens)
+    assert audited["value_sae"].normalised_mse is None
+    assert "one product with queries and keys" in audited["value_sae"].reason
+    assert audited["attn_out_sae"].normalised_mse > 0
+
+
+def test_the_last_layers_residual_stream_is_taken_before_the_final_norm(tiny_model, tiny_model_directory):
+    model = tiny_model("llama")
+    tokens = torch.randint(1, 250, (2, 12), generator=torch.Generator().manual_seed(0))
+    last = model.dims.n_layers - 1
+    stock = AutoModelForCausalLM.from_pretrained(tiny_model_directory("llama"), attn_implementation="eager")
+    (seen,) = list(_activations(stock.eval(), tokens, [last], 2))
+    own = capture(model, tokens, [Site(last, "resid_out")])[Site(last, "resid_out")]
+    assert (seen[f"{last}.resid_out"] - own).abs().max() < 1e-4

@@ -6,7 +6,7 @@ from crosshead.dictionaries.base import Batch
 from tests.dictionaries.cases import random_batch
 from tests.dictionaries.test_contract import started
 
-CONFIG = EvaluationConfig(detail_contexts=6)
+CONFIG = EvaluationConfig(detail_contexts=3)  # no multiple of a batch
 
 
 def ready(case: str):
@@ -24,9 +24,22 @@ def joined(batches: list[Batch]) -> Batch:
 def test_results_do_not_depend_on_how_contexts_are_batched(case):
     module, batches = ready(case)
     one, many = evaluate(module, [joined(batches)], CONFIG), evaluate(module, batches, CONFIG)
-    for name in ("l0", "l1", "normalised_mse", "normalised_mse_refit", "shrinkage", "dead_fraction"):
+    names = (
+        "l0",
+        "l1",
+        "normalised_mse",
+        "normalised_mse_refit",
+        "shrinkage",
+        "dead_fraction",
+        "l0_query",
+        "l0_triples",
+    )
+    for name in (name for name in names if getattr(one, name) is not None):
         assert getattr(one, name) == pytest.approx(getattr(many, name), rel=1e-5), name
     assert one.feature_counts == many.feature_counts
+    assert one.n_tokens_detail == many.n_tokens_detail
+    if one.superposition is not None:
+        assert one.superposition.model_dump() == pytest.approx(many.superposition.model_dump(), rel=1e-4)
 
 
 def test_normalised_mse_is_the_ratio_of_sums_over_counted_positions():
@@ -73,6 +86,31 @@ def test_a_top1_dictionary_uses_one_head_and_a_spread_one_more():
     spread = evaluate(module, batches, CONFIG).superposition
     assert spread.participation_ratio_mean > 1.5
     assert 0 < spread.identity_share < 1
+
+
+def test_the_identity_share_counts_what_is_written_whatever_the_gauge():
+    module, batches = ready("mtc-top1/topk")
+    with torch.no_grad():
+        module.loadings.zero_()
+        module.loadings[0, :12] = 1.0
+        module.loadings[1, 12:] = 1.0
+        result = evaluate(module, batches, CONFIG)
+        detail = EvaluationConfig(detail_contexts=1)
+        written = torch.zeros(2)
+        batch = batches[0]
+        first = Batch({site: x[:1] for site, x in batch.sites.items()}, batch.mask[:1], batch.tokens[:1])
+        codes = module.encode(first)
+        base = module.decode(codes.with_values(torch.zeros_like(codes.values)), first)
+        for i in range(24):
+            own = module.decode(codes.with_values(codes.values * (codes.columns == i)), first) - base
+            written[int(i >= 12)] += own[first.mask].square().sum()
+        measured = evaluate(module, [first], detail).superposition
+        assert measured.identity_share == pytest.approx(float(written[0] / written.sum()), rel=1e-4)
+        # The same function in another gauge: decoders of the identity's features grow, their loadings shrink.
+        module.decoder[:12] *= 10
+        module.loadings[0, :12] /= 10
+        again = evaluate(module, batches, CONFIG)
+    assert again.superposition.identity_share == pytest.approx(result.superposition.identity_share, rel=1e-4)
 
 
 def test_only_dictionaries_that_move_features_have_query_side_counts():

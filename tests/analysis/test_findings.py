@@ -8,6 +8,12 @@ from tests.analysis.records import documents
 CONFIG = ReportConfig()
 
 
+@pytest.fixture(autouse=True)
+def _few_draws(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("crosshead.analysis.frontiers._DRAWS", 20)
+    monkeypatch.setattr("crosshead.analysis.frontiers._BETWEEN", 8)
+
+
 def metrics(seeds=(0,), top1_factor: float = 1.1, both_factor: float = 0.9, p_value: float = 0.5):
     return collect(**documents(seeds, top1_factor, both_factor, p_value), profile="test", config=CONFIG, inputs={})
 
@@ -45,9 +51,31 @@ def test_a_gap_in_the_control_leaves_the_comparison_undecided():
     assert "shows one of its own" in finding.reason
 
 
-def test_power_laws_are_contradicted_only_when_every_fit_is_rejected():
-    assert verdict(metrics(p_value=0.5), "power-law-mtc-30") == "inconclusive"
-    assert verdict(metrics(p_value=0.0), "power-law-mtc-30") == "contradicts"
+def test_one_dictionary_never_decides_a_power_law():
+    assert verdict(metrics((0, 1, 2), p_value=0.5), "power-law-mtc-30") == "inconclusive"
+    assert verdict(metrics((0, 1, 2), p_value=0.0), "power-law-mtc-30") == "inconclusive"
+
+
+@pytest.mark.parametrize(("change", "why"), [
+    (lambda records: [r for r in records if r["l0"] != 200], "3 sparsities in a sweep"),
+    (lambda records: [r | {"tokens_trained": 5} if r["series"] == "top1" else r for r in records],
+     "different numbers of tokens"),
+])  # fmt: skip
+def test_short_sweeps_and_unequal_budgets_decide_nothing(change, why):
+    document = documents((0, 1, 2))
+    document["records"] = change(document["records"])
+    found = collect(**document, profile="test", config=CONFIG, inputs={})
+    finding = next(f for f in judge(found, CONFIG) if f.key == "superposition")
+    assert finding.verdict == "inconclusive"
+    assert why in finding.reason
+
+
+def test_the_matched_table_is_log_linear_between_measured_points():
+    rows = {row["l0"]: row for row in metrics()["matched_l0"]}
+    assert rows[60]["mtc"] == pytest.approx(5 / 60, rel=0.2)
+    assert rows[60]["top1"] / rows[60]["mtc"] == pytest.approx(1.1)
+    assert rows[60]["linear_top1"] == 0.4
+    assert rows[30]["linear_top1"] is None
 
 
 def test_every_finding_states_sample_size_and_control():
@@ -68,4 +96,4 @@ def test_claims_without_runs_are_left_out():
     found = copy.deepcopy(metrics())
     found["comparisons"] = {}
     found["clusters"] = []
-    assert {f.key for f in judge(found, CONFIG)} == {"heads-per-feature", "identity"}
+    assert {f.key for f in judge(found, CONFIG)} == {"heads-per-feature", "identity", "attention-output"}

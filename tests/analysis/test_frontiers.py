@@ -4,10 +4,10 @@ import pytest
 from crosshead.analysis.frontiers import compare_objectives, compare_series, compare_with_sum, sum_points
 
 
-def record(series: str, l0: float, mse: float, noise: np.ndarray, variance: float = 10.0):
+def record(series: str, l0: float, mse: float, noise: np.ndarray, variance: float = 10.0, seed: int = 0):
     errors = (mse * variance * noise).tolist()
     return {
-        "series": series, "l0": l0, "n_tokens": 1000,
+        "series": series, "l0": l0, "n_tokens": 1000, "seed": seed,
         "evaluation": {"normalised_mse": float(np.sum(errors) / (variance * len(noise))),
                        "context_squared_error": errors, "context_variance": [variance] * len(noise)},
     }  # fmt: skip
@@ -16,8 +16,8 @@ def record(series: str, l0: float, mse: float, noise: np.ndarray, variance: floa
 NOISE = np.random.default_rng(0).uniform(0.5, 1.5, 40)
 
 
-def sweep(series: str, factor: float, noise: np.ndarray = NOISE):
-    return [record(series, l0, factor / l0, noise) for l0 in (10, 20, 40, 80)]
+def sweep(series: str, factor: float, noise: np.ndarray = NOISE, seed: int = 0):
+    return [record(series, l0, factor / l0, noise, seed=seed) for l0 in (10, 20, 40, 80)]
 
 
 def test_equal_errors_up_to_a_factor_give_that_factor_with_no_spread():
@@ -32,6 +32,35 @@ def test_independent_context_noise_widens_the_interval_around_one():
     other = np.random.default_rng(1).uniform(0.5, 1.5, 40)
     low, high = compare_series(sweep("a", 1.0), sweep("b", 1.0, other)).interval
     assert high - low > 0.05
+
+
+def test_seeds_are_compared_one_by_one_and_their_spread_enters_the_interval():
+    factors = {0: 0.8, 1: 0.9, 2: 1.0, 3: 0.5}
+    first = [r for seed, factor in factors.items() for r in sweep("a", factor, seed=seed)]
+    second = [r for seed in (0, 1, 2) for r in sweep("b", 1.0, seed=seed)]
+    result = compare_series(first, second)
+    assert result.seed_ratios == pytest.approx({"0": 0.8, "1": 0.9, "2": 1.0})
+    assert result.ratio == pytest.approx((0.8 * 0.9) ** (1 / 3))
+    low, high = result.interval
+    assert low == pytest.approx(0.8, abs=0.01)
+    assert 0.95 < high <= 1.0
+    assert result.n_sparsities == 4
+    assert result.at[0]["first"] == pytest.approx(result.at[0]["second"] * result.ratio)
+
+
+def test_sweeps_without_a_common_seed_are_not_compared():
+    result = compare_series(sweep("a", 1.0, seed=0), sweep("b", 1.0, seed=1))
+    assert (result.ratio, result.interval, result.at) == (None, None, [])
+
+
+def test_a_finer_filling_changes_the_sum_by_less_than_two_in_a_thousand(monkeypatch):
+    flat = np.ones(8)
+    one = [record("one", l0, mse, flat) for l0, mse in ((20, 0.4), (60, 0.25), (120, 0.14), (200, 0.08))]
+    both = [record("both", l0, mse, flat) for l0, mse in ((40, 0.4), (130, 0.22), (250, 0.13), (390, 0.08))]
+    usual = compare_with_sum(both, one, one).ratio
+    monkeypatch.setattr("crosshead.analysis.frontiers._BETWEEN", 400)
+    monkeypatch.setattr("crosshead.analysis.frontiers._DRAWS", 1)
+    assert compare_with_sum(both, one, one).ratio == pytest.approx(usual, rel=2e-3)
 
 
 def test_the_sum_adds_l0_and_pools_errors_over_variances():

@@ -1,5 +1,7 @@
 """Every registered architecture in several forms, and random batches that fit them."""
 
+from dataclasses import replace
+
 import torch
 
 from crosshead.dictionaries.base import Batch, LayerWeights, ModelDims, Site
@@ -37,8 +39,10 @@ CASES = {f"{name}/{form}": base | {"features": 24, "sparsity": sparsity}
          for name, base in BASES.items() for form, sparsity in SPARSITIES.items()}  # fmt: skip
 
 
-def config_of(case: str):
-    return config_class(CASES[case]["kind"]).model_validate(CASES[case])
+def config_of(case: str, **sparsity: float):
+    """The config of a case, with other parameters of its sparsity."""
+    fields = CASES[case] | {"sparsity": CASES[case]["sparsity"] | sparsity}
+    return config_class(fields["kind"]).model_validate(fields)
 
 
 def weights(seed: int = 0) -> dict[int, LayerWeights]:
@@ -72,3 +76,13 @@ def random_batch(seed: int, n_contexts: int = 3, n_positions: int = 9) -> Batch:
     mask[:, 0] = False
     tokens = torch.randint(1, 50, (n_contexts, n_positions), generator=generator)
     return Batch(sites, mask, tokens)
+
+
+def padded_batch(seed: int) -> Batch:
+    """A random batch that counts not everywhere: a tail, a hole and one whole context are masked as padding is."""
+    batch = random_batch(seed, n_contexts=4)
+    mask = batch.mask.clone()
+    mask[0, 6:] = False
+    mask[1, 3:5] = False
+    mask[3] = False
+    return replace(batch, mask=mask)

@@ -27,37 +27,6 @@ def test_prediction_is_the_sum_over_feature_patterns(case):
     assert_close(module.decode(module.encode(batch), batch), dense_prediction(module, batch), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("case", ["mtc/l1", "mtc-top2-nonnegative/l1", "mtc-fixed-l2/l1", "mtc-random-l1/l1"])
-def test_gradients_equal_a_dense_implementation(case):
-    module, (batch, *_) = started(case)
-    module.double()
-    sites = {site: tensor.double() for site, tensor in batch.sites.items()}
-    batch = type(batch)(sites, batch.mask, batch.tokens)
-    names = [n for n, _ in module.named_parameters()]
-    sparse = torch.autograd.grad(sum(module.loss(batch).parts.values()), list(module.parameters()))
-
-    x = module.inputs(batch)
-    pre = x @ module.encoder.weight.T + module.encoder.bias
-    f = torch.relu(pre) * batch.mask.flatten()[:, None]
-    loadings, norms = module.effective_loadings(), module.feature_norms()
-    pattern = batch[Site(2, "pattern")]
-    shape = (*batch.mask.shape, -1)
-    y = ((f * loadings[0]) @ module.decoder).view(shape) + module.decoder_bias
-    for h in range(DIMS.n_heads):
-        moved = pattern[:, h] @ ((f * loadings[h + 1]) @ module.decoder).view(shape)
-        y = y + moved + pattern[:, h, :, :1] * module.bos[h]
-    counted = batch.mask.sum()
-    sparsity = module.config.sparsity
-    target = (batch[module.target_sites[0]] - module.target_mean) * module.target_scale
-    loss = (y - target)[batch.mask].square().sum() / counted
-    loss = loss + sparsity.coefficient * (f * norms).sum() / counted
-    negative = torch.relu(-pre) * batch.mask.flatten()[:, None]
-    loss = loss + sparsity.negative_coefficient * (negative * norms).sum() / counted
-    dense = torch.autograd.grad(loss, list(module.parameters()))
-    for name, ours, oracle in zip(names, sparse, dense, strict=True):
-        assert (ours - oracle).norm() <= 1e-6 * oracle.norm(), name
-
-
 def test_head_patterns_with_unit_loading_on_one_head_are_that_heads_pattern():
     module, (batch, *_) = started("mtc-top1/topk")
     with torch.no_grad():

@@ -4,8 +4,10 @@
 
 Two copies of the work tree run the same profile. One of them is killed three times with SIGKILL, the whole process
 group at once: while a random shard of the harvest is made, after a random checkpoint of a random training, and at a
-random moment of a random other stage. The sha256 of both metrics.json must be equal. Exit code 0 when it is. A clone of
-the same commit that has finished the profile without disturbance can stand for the undisturbed copy.
+random moment of a random stage that had not begun before. Stages run in the order of DVC's graph, which is not the
+order of the file: a stage that was too quick is replaced by another one that has not begun. Exit code 0 means three
+kills and the same sha256 of both metrics.json. A clone of the same commit that has finished the profile without
+disturbance can stand for the undisturbed copy.
 """
 
 import argparse
@@ -21,15 +23,19 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import yaml
 
+from crosshead.params import Params, load_params
+
 ROOT = Path(__file__).resolve().parents[2]
-STAGE_SECONDS = 8.0
-"""How long a stage is taken to last when nobody timed it."""
+TRAINING_SECONDS = 8.0
+"""How long a training is taken to last when nobody timed it; its start alone takes most of that."""
+PUNCTUAL = 0.8
+"""The third kill comes in this first part of its stage: not every stage takes as long again as it did undisturbed."""
 _STAGE = re.compile(r"^Running stage '(?:.*:)?([^':]+)':")
 
 
@@ -40,6 +46,8 @@ class Findings:
     directory: Path
     profile: str
     stage: str = "start"
+    begun: float = 0.0
+    """When the stage began, as files' times have it."""
     spans: dict[str, list[float]] = field(default_factory=dict)
     lines: list[str] = field(default_factory=list)
 
@@ -63,8 +71,8 @@ class Findings:
         now = time.monotonic()
         if self.stage in self.spans:
             self.spans[self.stage][1] = now
+        self.spans[stage], self.begun = [now, now], time.time()
         self.stage = stage
-        self.spans[stage] = [now, now]
 
     def wait(self) -> int:
         """Exit code, once everything is said."""
@@ -73,10 +81,10 @@ class Findings:
         self._enter("end")
         return code
 
-    def kill(self) -> None:
-        """SIGKILL to make, DVC and the stage at once."""
+    def kill(self) -> bool:
+        """SIGKILL to make, DVC and the stage at once; False when make had ended by itself."""
         os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
+        return self.process.wait() == -signal.SIGKILL
 
 
 def copy_of_work_tree(target: Path) -> Path:
@@ -99,69 +107,114 @@ def shards_made(directory: Path) -> int:
     return len(list(directory.glob("work/*/cache/*.arrow")))
 
 
-def last_checkpoint(directory: Path) -> int:
-    """Step of an unfinished training's last checkpoint; 0 before the first."""
-    steps = [json.loads(path.read_text()).get("step", 0) for path in directory.glob("work/*/checkpoint/*.json")]
-    return max(steps, default=0)
+def last_checkpoint(directory: Path, since: float) -> int:
+    """Step of the last checkpoint written after ``since``, 0 before the first; killed trainings leave older ones."""
+    steps = [0]
+    for path in directory.glob("work/*/checkpoint/state.json"):
+        try:
+            if path.stat().st_mtime >= since:
+                steps.append(json.loads(path.read_text())["step"])
+        except (FileNotFoundError, json.JSONDecodeError):
+            continue  # it is being replaced by the next one
+    return max(steps)
 
 
-def kill_when(findings: Findings, ready: Callable[[], bool]) -> bool:
-    """Kill as soon as ``ready``; False when the run ended before that."""
+def kill_in(findings: Findings, stage: str, ready: Callable[[], bool]) -> bool:
+    """Kill as soon as ``stage`` runs and is ``ready``; False when the stage, or everything, ended before that."""
     while findings.process.poll() is None:
-        if ready():
-            findings.kill()
-            return True
+        if findings.stage == stage:
+            if ready() and findings.stage == stage:
+                return findings.kill()
+        elif stage in findings.spans and findings.spans[stage][1] > findings.spans[stage][0]:
+            return False
         time.sleep(0.02)
     return False
 
 
-def three_kills(
-    directory: Path, profile: str, chance: random.Random, undisturbed: dict[str, tuple[float, float]]
+def kill_in_one_of(
+    findings: Findings, stages: Collection[str], chance: random.Random, moment: Callable[[str], Callable[[], bool]]
 ) -> None:
-    """Kill and start again three times, and say where; ``undisturbed`` has each stage's begin and end in seconds."""
-    home = ROOT if profile == "laptop" else ROOT / "flows" / "profiles" / profile
-    parameters = yaml.safe_load((home / "params.yaml").read_text())
-    corpus, size = parameters["corpus"], parameters["harvest"]["shard_contexts"]
-    n_shards = -(-corpus["train_contexts"] // size) + -(-corpus["heldout_contexts"] // size)
+    """Kill in a random stage among these that has not begun, at ``moment(stage)``; if it was too quick, in another.
 
+    Exits when no stage is left.
+    """
+    while findings.process.poll() is None and (left := sorted(set(stages) - findings.spans.keys())):
+        stage = chance.choice(left)
+        if kill_in(findings, stage, moment(stage)):
+            return
+        print(f"{stage} ended before its moment came; another stage is taken", flush=True)
+    if findings.process.poll() is None:
+        findings.kill()
+    raise SystemExit("\n".join(["too few kills: no stage is left to be killed in", *findings.lines[-20:]]))
+
+
+def three_kills(directory: Path, profile: str, chance: random.Random, durations: dict[str, float]) -> None:
+    """Kill and start again three times, and say where; ``durations`` has stages' seconds. Exits if it cannot."""
+    params = load_params(home(directory, profile) / "params.yaml")
+    begun = kill_in_harvest(Findings(directory, profile), params, chance)
+    begun |= kill_in_training(Findings(directory, profile), params, chance)
+    kill_in_new_stage(Findings(directory, profile), params, chance, {
+        stage: seconds for stage, seconds in durations.items() if stage not in begun
+    })  # fmt: skip
+
+
+def kill_in_harvest(findings: Findings, params: Params, chance: random.Random) -> set[str]:
+    """Kill while a random shard is made. Returns the stages that have begun."""
+    size = params.harvest.shard_contexts
+    n_shards = -(-params.corpus.train_contexts // size) + -(-params.corpus.heldout_contexts // size)
     shard = chance.randrange(1, n_shards)
-    findings = Findings(directory, profile)
-    killed = kill_when(findings, lambda: findings.stage == "harvest" and shards_made(directory) >= shard)
-    assert killed, "\n".join(findings.lines[-20:])
-    print(f"kill 1: stage {findings.stage}, {shards_made(directory)} of {n_shards} shards made", flush=True)
+    kill_in_one_of(findings, ["harvest"], chance, lambda stage: lambda: shards_made(findings.directory) >= shard)
+    print(f"kill 1: stage {findings.stage}, {shards_made(findings.directory)} of {n_shards} shards made", flush=True)
+    return set(findings.spans)
 
-    entered = set(findings.spans)
-    run = chance.choice(sorted(parameters["runs"]))
-    every, steps = parameters["training"]["checkpoint_every"], parameters["training"]["steps"]
-    step, delay = chance.randrange(every, steps, every), chance.random() * 0.5
-    findings = Findings(directory, profile)
 
-    def in_training() -> bool:
-        if findings.stage != f"train@{run}" or last_checkpoint(directory) < step:
-            return False
-        time.sleep(delay)
-        return True
+def kill_in_training(findings: Findings, params: Params, chance: random.Random) -> set[str]:
+    """Kill within half a second after a random checkpoint of a random training. Returns the stages that have begun."""
 
-    killed = kill_when(findings, in_training)
-    assert killed, f"{run} ended before step {step}\n" + "\n".join(findings.lines[-20:])
+    def moment(stage: str) -> Callable[[], bool]:
+        schedule = params.runs[stage.removeprefix("train@")].schedule
+        every = schedule.checkpoint_every
+        step, delay = chance.randrange(every, max(schedule.steps, every + 1), every), chance.random() * 0.5
+
+        def ready() -> bool:
+            if last_checkpoint(findings.directory, findings.begun) < step:
+                return False
+            time.sleep(delay)
+            return True
+
+        return ready
+
+    kill_in_one_of(findings, [f"train@{run}" for run in params.runs], chance, moment)
+    print(f"kill 2: stage {findings.stage}, {steps_done(findings, params)}", flush=True)
+    return set(findings.spans)
+
+
+def kill_in_new_stage(findings: Findings, params: Params, chance: random.Random, durations: dict[str, float]) -> None:
+    """Kill at a random moment of a random stage among these, which have never begun."""
+    planned = 0.0
+
+    def moment(stage: str) -> Callable[[], bool]:
+        nonlocal planned
+        planned = seconds = PUNCTUAL * chance.random() * durations[stage]
+        return lambda: time.monotonic() - findings.spans[stage][0] >= seconds
+
+    kill_in_one_of(findings, durations, chance, moment)
     print(
-        f"kill 2: stage {findings.stage}, last checkpoint at step {last_checkpoint(directory)} of {steps}", flush=True
+        f"kill 3: stage {findings.stage}, {planned:.1f} s after its start, {steps_done(findings, params)}", flush=True
     )
 
-    entered |= set(findings.spans)
-    left = [name for name in undisturbed if name not in ("end", "start") and name not in entered]
-    stage = chance.choice(left)
-    begin, end = undisturbed[stage]
-    moment = chance.random() * (end - begin)
-    findings = Findings(directory, profile)
 
-    def in_stage() -> bool:
-        return findings.stage == stage and time.monotonic() - findings.spans[stage][0] >= moment
+def steps_done(findings: Findings, params: Params) -> str:
+    """How far the stage had come, in steps, if it is a training."""
+    if not findings.stage.startswith("train@"):
+        return "which has no steps"
+    total = params.runs[findings.stage.removeprefix("train@")].schedule.steps
+    return f"last checkpoint at step {last_checkpoint(findings.directory, findings.begun)} of {total}"
 
-    if kill_when(findings, in_stage):
-        print(f"kill 3: stage {findings.stage}, {moment:.1f} s after its start", flush=True)
-    else:
-        print(f"kill 3 came too late: {stage} ended before {moment:.1f} s; not counted", flush=True)
+
+def home(directory: Path, profile: str) -> Path:
+    """Where a profile's dvc.yaml, params.yaml and dvc.lock lie."""
+    return directory if profile == "laptop" else directory / "flows" / "profiles" / profile
 
 
 def sha256_of_metrics(directory: Path, profile: str) -> str:
@@ -186,16 +239,15 @@ def _main() -> int:
     options = parser.parse_args()
     directory = options.directory or Path(tempfile.mkdtemp(prefix="crosshead-interrupt-"))
     if options.undisturbed:
-        home = ROOT if options.profile == "laptop" else ROOT / "flows" / "profiles" / options.profile
-        lock = yaml.safe_load((options.undisturbed / home.relative_to(ROOT) / "dvc.lock").read_text())
-        spans = dict.fromkeys(lock["stages"], (0.0, STAGE_SECONDS))
+        lock = yaml.safe_load((home(options.undisturbed, options.profile) / "dvc.lock").read_text())
+        durations = {stage: TRAINING_SECONDS for stage in lock["stages"] if stage.startswith("train@")}
         hashes = [sha256_of_metrics(options.undisturbed, options.profile)]
     else:
         alone = Findings(copy_of_work_tree(directory / "undisturbed"), options.profile)
         hashes = [finished(alone, "undisturbed")]
-        spans = {stage: (times[0], times[1]) for stage, times in alone.spans.items()}
+        durations = {stage: end - begin for stage, (begin, end) in alone.spans.items() if stage != "end"}
     print(f"undisturbed: sha256 of metrics.json is {hashes[0]}", flush=True)
-    three_kills(copy_of_work_tree(directory / "killed"), options.profile, random.Random(options.seed), spans)
+    three_kills(copy_of_work_tree(directory / "killed"), options.profile, random.Random(options.seed), durations)
     hashes.append(finished(Findings(directory / "killed", options.profile), "killed"))
     print(f"killed: sha256 of metrics.json is {hashes[1]}", flush=True)
     print("equal" if hashes[0] == hashes[1] else "DIFFERENT", f"(seed {options.seed}, copies in {directory})")

@@ -1,5 +1,6 @@
 """What every stage gets from the runtime: messages, exit codes, work that survives a kill, an end with its parent."""
 
+import errno
 import os
 import signal
 import subprocess
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from crosshead.io.files import atomic_path
 from flows._runtime import Stage, main, repository_root
 
 SECTIONS = {
@@ -55,13 +57,53 @@ def test_a_value_error_ends_with_one_message_and_exit_code_2(params: Path, capsy
     assert capsys.readouterr().err == "fails: params.yaml: x = 3: too large; lower it\n"
 
 
-def test_a_full_disk_ends_with_one_message(params: Path, capsys: pytest.CaptureFixture):
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
+def test_a_full_disk_ends_with_a_remedy_and_may_be_tried_again(params: Path, capsys: pytest.CaptureFixture, code: int):
     def fills_the_disk(stage: Stage) -> None:
-        with Path("/dev/full").open("w") as full:
-            full.write("x")
+        with atomic_path(stage.data / "shard.arrow"):
+            raise OSError(code, os.strerror(code))
 
-    assert run(fills_the_disk, "--params", "params.yaml") == 2
-    assert capsys.readouterr().err == "fills_the_disk: [Errno 28] No space left on device\n"
+    assert run(fills_the_disk, "--params", "params.yaml") == 1
+    assert capsys.readouterr().err == (
+        "fills_the_disk: the disk is full while writing data/tiny/shard.arrow; free some space and run the same "
+        "command again, it goes on where it stopped\n"
+    )
+
+
+def test_what_the_machine_may_mend_exits_with_1_and_what_is_wrong_with_2(params: Path, capsys: pytest.CaptureFixture):
+    def fails_with(error: Exception):
+        def body(stage: Stage) -> None:
+            raise error
+
+        return body
+
+    assert run(fails_with(ConnectionError("pip could not download a==1; check")), "--params", "params.yaml") == 1
+    assert capsys.readouterr().err == "body: pip could not download a==1; check\n"
+    assert run(fails_with(FloatingPointError("the loss is nan; lower it")), "--params", "params.yaml") == 2
+    assert capsys.readouterr().err == "body: the loss is nan; lower it\n"
+
+
+@pytest.mark.parametrize(
+    ("sections", "said"),
+    [
+        ({"trainnig": {}}, "trainnig is not a section; did you mean 'training'?"),
+        ({"profile": 3}, "profile = 3 is no name"),
+        ({"paths": "data"}, "paths = 'data': data must be a path in a mapping"),
+        ({"paths": {"data": "data"}}, "reports must be a path in a mapping"),
+        ({"runs": ["a"]}, "runs = ['a'] is not a mapping"),
+        ({"dictionaries": 3}, "dictionaries = 3 is not a mapping"),
+        ({"runs": {"a": {"kind": ["mtc"]}}}, "runs.a.kind = ['mtc'] is no name of an architecture"),
+    ],
+)
+def test_a_parameter_file_of_the_wrong_shape_is_refused(
+    params: Path, capsys: pytest.CaptureFixture, sections: dict, said: str
+):
+    params.write_text(yaml.safe_dump(SECTIONS | sections))
+    assert run(works, "--params", "params.yaml", "--run", "a") == 2
+    message = capsys.readouterr().err
+    assert message.startswith("works: params.yaml: ")
+    assert said in message
+    assert len(message.splitlines()) == 1
 
 
 @pytest.mark.parametrize(

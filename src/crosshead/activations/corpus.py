@@ -35,6 +35,8 @@ SPLITS: tuple[Split, ...] = ("train", "heldout")
 HELDOUT_CONTEXTS_PER_DOCUMENT = 4
 DOCUMENTS_AT_A_TIME = 16
 ROWS_PER_RECORD_BATCH = 4096
+_FORMAT = 1
+_ADVICE = "delete the directory and run the corpus stage again"
 
 DEFAULT_PARTS = (
     PypiPart(
@@ -109,16 +111,27 @@ class Corpus:
 
     @classmethod
     def load(cls, directory: Path | str) -> "Corpus":
-        """Open what ``build_corpus`` wrote. ValueError when a file is missing, damaged or truncated."""
+        """Open what ``build_corpus`` wrote. ValueError for a missing or damaged file or another format."""
         directory = Path(directory)
-        manifest = read_json(directory / "manifest.json")
+        manifest = _read_manifest(directory / "manifest.json")
         path = directory / "contexts.arrow"
         if not path.exists():
             raise ValueError(f"{path} does not exist; run the corpus stage")
         if (got := sha256_file(path)) != manifest["sha256"]:
             raise ValueError(f"{path} is damaged: its sha256 is {got}, the manifest says {manifest['sha256']}; "
-                             "delete the directory and run the corpus stage again")  # fmt: skip
-        table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
+                             f"{_ADVICE}")  # fmt: skip
+        try:
+            table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
+        except pa.ArrowInvalid as error:
+            raise ValueError(f"{path} is damaged ({error}); {_ADVICE}") from error
+        if missing := sorted({"tokens", "domain", "document"} - set(table.column_names)):
+            raise ValueError(f"{path} has no column {', '.join(missing)}; {_ADVICE}")
+        if (length := getattr(table.schema.field("tokens").type, "list_size", None)) != manifest["context_length"]:
+            raise ValueError(f"{path} holds contexts of {length} tokens, the manifest says "
+                             f"{manifest['context_length']}; {_ADVICE}")  # fmt: skip
+        if table.num_rows != sum(manifest["n_contexts"].values()):
+            raise ValueError(f"{path} holds {table.num_rows} contexts, the manifest says {manifest['n_contexts']}; "
+                             f"{_ADVICE}")  # fmt: skip
         return cls(manifest["context_length"], manifest["bos_id"], manifest["fingerprint"], manifest, table)
 
     def n_contexts(self, split: Split) -> int:
@@ -151,6 +164,22 @@ class Corpus:
             raise ValueError(f"unknown split {split!r}; the corpus has {' and '.join(SPLITS)}")
         counts = self.manifest["n_contexts"]
         return self._table.slice(0 if split == "train" else counts["train"], counts[split])
+
+
+def _read_manifest(path: Path) -> dict[str, Any]:
+    manifest = read_json(path)
+    kinds = {"format": int, "context_length": int, "bos_id": int, "n_contexts": dict, "fingerprint": str, "sha256": str,
+             "vocabulary": str}  # fmt: skip
+    if not isinstance(manifest, dict):
+        raise ValueError(f"{path} holds {type(manifest).__name__}, expected a mapping; {_ADVICE}")
+    if wrong := [key for key, kind in kinds.items() if not isinstance(manifest.get(key), kind)]:
+        raise ValueError(f"{path} is damaged: {wrong[0]} = {manifest.get(wrong[0])!r}; {_ADVICE}")
+    if manifest["format"] != _FORMAT:
+        raise ValueError(f"{path} has format {manifest['format']}, this version reads {_FORMAT}; {_ADVICE}")
+    counts = manifest["n_contexts"]
+    if set(counts) != set(SPLITS) or not all(isinstance(count, int) for count in counts.values()):
+        raise ValueError(f"{path} is damaged: n_contexts = {counts!r}; {_ADVICE}")
+    return manifest
 
 
 def build_corpus(
@@ -268,7 +297,7 @@ def _write(
         with pa.OSFile(str(target / "contexts.arrow"), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
             writer.write_table(table, max_chunksize=ROWS_PER_RECORD_BATCH)
         write_json(target / "manifest.json", {
-            "format": 1,
+            "format": _FORMAT,
             "context_length": config.context_length,
             "bos_id": bos_id(tokenizer),
             "n_contexts": counts,

@@ -18,7 +18,6 @@ from typing import Annotated, Any, Literal
 import numpy as np
 import torch
 from pydantic import BaseModel, ConfigDict, Field
-from safetensors.torch import save_file
 from torch import Tensor
 
 from crosshead.activations.base_model import LanguageModel
@@ -35,7 +34,8 @@ from crosshead.activations.shards import (
 )
 from crosshead.activations.taps import check_site
 from crosshead.dictionaries.base import Site
-from crosshead.io.files import atomic_directory, atomic_path, fingerprint, sha256_file, write_json
+from crosshead.io.files import FULL_DISK, atomic_directory, fingerprint, sha256_file, write_json
+from crosshead.io.tensors import save_tensors
 
 __all__ = ["HarvestConfig", "LayerSites", "harvest", "harvest_fingerprint"]
 
@@ -91,15 +91,17 @@ def harvest(
     directory: Path | str,
     *,
     work: Path | str,
+    code: str = "",
     progress: Progress | None = None,
 ) -> None:
     """Write the activation cache of a corpus to ``directory``, replacing an earlier one when it is complete.
 
-    Unfinished shards are kept under ``work/<fingerprint>`` and used by the next call with the same inputs; ``progress``
+    Unfinished shards are kept under ``work/<fingerprint>`` and used by the next call with the same inputs and the same
+    ``code``, a name for the version of the programs that make them; ``progress``
     is told (contexts done, contexts in all) before every forward pass and after every shard. Memory does not grow with
     the corpus. ValueError for a layer out of range, a context longer than the model allows, an empty corpus or one of
-    another tokenizer, an activation that float16 cannot hold, a full disk, or another process at work on the same
-    harvest; the output is then as it was.
+    another tokenizer, an activation that float16 cannot hold, or another process at work on the same harvest, OSError
+    for a full disk; the output is then as it was.
     """
     sites = config.resolve(layers)
     for site in sites:
@@ -109,7 +111,7 @@ def harvest(
         if corpus.n_contexts(split) == 0:
             raise ValueError(f"the corpus has no {split} contexts; raise corpus.{split}_contexts")
     columns = tuple(Column.of(site, config.dtype, model.dims, corpus.context_length) for site in sites)
-    state = Path(work) / harvest_fingerprint(model, corpus, config, sites)
+    state = Path(work) / harvest_fingerprint(model, corpus, config, sites, code)
     with _full_disk_told(state), _locked(state):
         job = _Job(model, corpus, config, columns, state / "cache", progress or (lambda done, total: None))
         job.directory.mkdir(exist_ok=True)
@@ -123,11 +125,14 @@ def harvest(
         shutil.rmtree(state)
 
 
-def harvest_fingerprint(model: LanguageModel, corpus: Corpus, config: HarvestConfig, sites: Sequence[Site]) -> str:
+def harvest_fingerprint(
+    model: LanguageModel, corpus: Corpus, config: HarvestConfig, sites: Sequence[Site], code: str = ""
+) -> str:
     """Sixteen hex digits over everything that decides a cache's bytes; the name of its folder under ``work``."""
     parameter = next(model.model.parameters())
     return fingerprint({
-        "format": 1, "model": model.fingerprint, "corpus": corpus.fingerprint, "sites": [str(site) for site in sites],
+        "format": 1, "code": code, "model": model.fingerprint, "corpus": corpus.fingerprint,
+        "sites": [str(site) for site in sites],
         "config": config.model_dump(mode="json", exclude={"sites"}), "precision": str(parameter.dtype),
         "device": parameter.device.type, "threads": torch.get_num_threads(),
     })  # fmt: skip
@@ -189,8 +194,7 @@ class _Job:
             tables = rotary_tables(self.model, layer, self.corpus.context_length)
             if tables is not None:
                 tensors |= {f"rotary.{layer}.cos": tables[0], f"rotary.{layer}.sin": tables[1]}
-        with atomic_path(self.directory / "weights.safetensors") as temporary:
-            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary)
+        save_tensors(self.directory / "weights.safetensors", tensors)
 
     def manifest(self) -> CacheManifest:
         """Describe what has been written."""
@@ -274,11 +278,11 @@ def _locked(state: Path) -> Iterator[None]:
 
 @contextmanager
 def _full_disk_told(state: Path) -> Iterator[None]:
-    """Say a full disk in one sentence; shards that are whole stay for the next attempt."""
+    """Say a full disk in one sentence (OSError); shards that are whole stay for the next attempt."""
     try:
         yield
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno not in FULL_DISK:
             raise
-        raise ValueError(f"the disk is full while writing the cache under {state}; free some space and run the harvest "
-                         "stage again, it goes on where it stopped") from error  # fmt: skip
+        raise OSError(error.errno, "the disk is full while writing the cache; free some space and run the harvest "
+                      "stage again, it goes on where it stopped", str(state)) from error  # fmt: skip

@@ -15,15 +15,15 @@ Shape legend: B contexts, H query heads, T positions, E head width, K key/value 
 X = T * T pairs of a query and a key.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, PositiveInt, Tag, field_validator, model_validator
 from torch import Tensor
 
 from crosshead.activations.base_model import LanguageModel
@@ -61,6 +61,11 @@ class LayerChoice(BaseModel):
         return self
 
 
+def _way_of_choosing(layers: Any) -> str:
+    """Which member of the union a value is meant as: faults are then told for that one only."""
+    return "auto" if isinstance(layers, str) else "by hand"
+
+
 class SurveyConfig(BaseModel):
     """How much to measure, and how to choose layers."""
 
@@ -74,10 +79,31 @@ class SurveyConfig(BaseModel):
     """Training contexts of the corpus to measure on."""
     min_gap: PositiveInt = 6
     """Layers of the far pair are at least this far apart."""
-    layers: Literal["auto"] | LayerChoice = "auto"
-    """``auto``: the clearest induction layers; or {first, second, adjacent} by hand."""
+    layers: Annotated[
+        Annotated[Literal["auto"], Tag("auto")] | Annotated[LayerChoice, Tag("by hand")],
+        Discriminator(_way_of_choosing),
+    ] = "auto"
+    """``auto``: the clearest induction layers; or by hand {first, second, adjacent}, or a list of these three."""
     seed: Annotated[int, Field(ge=0)] = 0
     """Fixes the random tokens."""
+
+    @field_validator("layers", mode="before")
+    @classmethod
+    def _list_in_order(cls, layers: Any) -> Any:
+        if isinstance(layers, str | Mapping | LayerChoice):
+            return layers
+        if not isinstance(layers, list | tuple) or len(layers) != len(LayerChoice.model_fields):
+            raise ValueError(f"got survey.layers = {layers!r}; write auto or three layers, [first, second, adjacent]")
+        if wrong := [layer for layer in layers if type(layer) is not int or layer < 0]:
+            raise ValueError(f"survey.layers lists {wrong[0]!r}; layers are numbers from 0 on")
+        return dict(zip(LayerChoice.model_fields, layers, strict=True))
+
+    @model_validator(mode="after")
+    def _second_lies_above(self) -> "SurveyConfig":
+        if isinstance(self.layers, LayerChoice) and self.layers.first > self.layers.second:
+            raise ValueError(f"survey.layers: first={self.layers.first} lies above second={self.layers.second}; "
+                             "exchange them")  # fmt: skip
+        return self
 
 
 @dataclass(frozen=True)
@@ -92,6 +118,7 @@ class Survey:
     """Induction score of every layer; see ``choose_layers``."""
     n_random_tokens: int
     n_text_tokens: int
+    layers_chosen_by: Literal["survey", "parameters"]
 
     def save(self, directory: Path | str) -> None:
         """Write survey.json (the heads), layers.json (the choice) and summary.json (the rest)."""
@@ -99,7 +126,8 @@ class Survey:
             write_json(target / "survey.json", self.heads)
             write_json(target / "layers.json", self.layers.model_dump())
             write_json(target / "summary.json", {"layer_scores": self.layer_scores,
-                       "n_random_tokens": self.n_random_tokens, "n_text_tokens": self.n_text_tokens})  # fmt: skip
+                       "n_random_tokens": self.n_random_tokens, "n_text_tokens": self.n_text_tokens,
+                       "layers_chosen_by": self.layers_chosen_by})  # fmt: skip
 
     @classmethod
     def load(cls, directory: Path | str) -> "Survey":
@@ -140,7 +168,8 @@ def survey(model: LanguageModel, corpus: Corpus, config: SurveyConfig) -> Survey
         layers = config.layers
     else:
         layers = choose_layers(layer_scores, config.min_gap)
-    return Survey(heads, layers, layer_scores, random_tokens.numel(), text_tokens.numel())
+    chosen_by = "parameters" if isinstance(config.layers, LayerChoice) else "survey"
+    return Survey(heads, layers, layer_scores, random_tokens.numel(), text_tokens.numel(), chosen_by)
 
 
 def _check_layers(config: SurveyConfig, n_layers: int) -> None:

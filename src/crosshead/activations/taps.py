@@ -26,7 +26,8 @@ def check_site(model: LanguageModel, site: Site) -> None:
     """ValueError for a layer the model has not, or an MLP site of a layer whose MLP cannot be told apart."""
     n_layers = model.dims.n_layers
     if not 0 <= site.layer < n_layers:
-        raise ValueError(f"site {site}: layer {site.layer} is out of range; the model has layers 0 to {n_layers - 1}")
+        raise ValueError(f"site {site}: layer {site.layer} is out of range; the model has layers 0 to {n_layers - 1}; "
+                         "correct harvest.sites")  # fmt: skip
     if site.name.startswith("mlp") and anatomy(model).layers[site.layer].mlp is None:
         raise ValueError(f"site {site}: layer {site.layer} has no single MLP block; leave the MLP sites out")
 

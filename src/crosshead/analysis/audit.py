@@ -9,7 +9,7 @@ Shape legend: B contexts, T positions, F features, H query heads, K key/value he
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -18,18 +18,27 @@ from torch import Tensor, nn
 
 from crosshead.io.files import read_json
 
-__all__ = ["audit_runs"]
+__all__ = ["Recomputed", "audit_runs"]
 
 _ATTENTION_NAMES = ("self_attn", "attn", "attention")
 
 
+class Recomputed(NamedTuple):
+    """What the audit found for one run."""
+
+    normalised_mse: float | None
+    """None where it could not be recomputed."""
+    reason: str | None
+    """Why not."""
+
+
 def audit_runs(
     run_directories: dict[str, Path], model_directory: Path, tokens: Int[Tensor, "n T"], contexts_per_batch: int = 2
-) -> dict[str, float]:
+) -> dict[str, Recomputed]:
     """Normalised MSE of every run on held-out ``tokens`` (position 0 is the beginning-of-text token).
 
-    One pass of the stock eager model serves all runs. Raises ValueError for a value SAE of a model whose value
-    projection is fused with queries and keys.
+    One pass of the stock eager model serves all runs. Runs that read values of a model whose value projection is fused
+    with queries and keys (GPT-2, GPT-NeoX) are left out, with that reason.
     """
     from transformers import AutoModelForCausalLM
 
@@ -38,14 +47,17 @@ def audit_runs(
     ).eval()
     runs = {name: _Run(path) for name, path in run_directories.items()}
     layers = sorted({layer for run in runs.values() for layer in run.layers})
-    squared = dict.fromkeys(runs, 0.0)
-    variance = dict.fromkeys(runs, 0.0)
+    separate = {layer for layer in layers if _value_projection(model, layer) is not None}
+    audited = {name: run for name, run in runs.items() if not run.reads_values or separate >= set(run.layers)}
+    squared = dict.fromkeys(audited, 0.0)
+    variance = dict.fromkeys(audited, 0.0)
     for activations in _activations(model, tokens, layers, contexts_per_batch):
-        for name, run in runs.items():
+        for name, run in audited.items():
             prediction, target = run.predict(activations)
             squared[name] += float((prediction - target)[:, 1:].double().square().sum())
             variance[name] += float(target[:, 1:].double().square().sum())
-    return {name: squared[name] / variance[name] for name in runs}
+    fused = Recomputed(None, "the model computes values in one product with queries and keys; not audited")
+    return {name: Recomputed(squared[name] / variance[name], None) if name in audited else fused for name in runs}
 
 
 @torch.no_grad()
@@ -54,18 +66,20 @@ def _activations(model: Any, tokens: Tensor, layers: Sequence[int], size: int) -
     seen: dict[str, Tensor] = {}
     handles = []
     for layer in layers:
-        attention = _attention_module(model, layer)
+        attention = model.get_submodule(_attention_name(model, layer))
+        # A hook, because the last of output_hidden_states is taken after the final norm.
+        block = model.get_submodule(_attention_name(model, layer).rpartition(".")[0])
+        handles.append(block.register_forward_hook(_record(seen, f"{layer}.resid_out")))
         handles.append(attention.register_forward_hook(_record(seen, f"{layer}.attn")))
-        value_projection = getattr(attention, "v_proj", None)
-        if isinstance(value_projection, nn.Module):
-            handles.append(value_projection.register_forward_hook(_record(seen, f"{layer}.v")))
+        projection = _value_projection(model, layer)
+        if projection is not None:
+            handles.append(projection.register_forward_hook(_record(seen, f"{layer}.v")))
     try:
         for chunk in tokens.split(size):
             seen.clear()
             out = model(chunk, output_hidden_states=True, output_attentions=True, use_cache=False)
             for layer in layers:
                 seen[f"{layer}.resid"] = out.hidden_states[layer]
-                seen[f"{layer}.resid_out"] = out.hidden_states[layer + 1]
                 seen[f"{layer}.pattern"] = out.attentions[layer]
             yield seen
     finally:
@@ -80,12 +94,16 @@ def _record(seen: dict[str, Tensor], key: str) -> Any:
     return hook
 
 
-def _attention_module(model: nn.Module, layer: int) -> nn.Module:
-    for name, module in model.named_modules():
+def _attention_name(model: Any, layer: int) -> str:
+    for name, _ in model.named_modules():
         parts = name.split(".")
         if parts[-1] in _ATTENTION_NAMES and len(parts) > 1 and parts[-2] == str(layer):
-            return module
+            return name
     raise ValueError(f"no attention module found in layer {layer}; the audit looks for {', '.join(_ATTENTION_NAMES)}")
+
+
+def _value_projection(model: Any, layer: int) -> nn.Module | None:
+    return getattr(model.get_submodule(_attention_name(model, layer)), "v_proj", None)
 
 
 class _Run:
@@ -97,6 +115,7 @@ class _Run:
         self.dims: dict[str, int] = description["dims"]
         self.w: dict[str, Tensor] = load_file(path / "weights.safetensors")
         self.layers: list[int] = self.config["layers"]
+        self.reads_values: bool = self.config["kind"] == "value_sae" or self.config.get("per_head", False)
 
     def predict(self, a: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Prediction and target [B, T, D] in the run's normalised units."""
@@ -164,9 +183,6 @@ class _Run:
     def _raw(self, a: dict[str, Tensor]) -> list[Tensor]:
         if self.config["kind"] == "attn_out_sae" and not self.config["per_head"]:
             return [a[f"{self.layers[0]}.attn"]]
-        missing = [layer for layer in self.layers if f"{layer}.v" not in a]
-        if missing:
-            raise ValueError(f"layer {missing[0]} has no v_proj (fused projections); audit another architecture")
         values = [a[f"{layer}.v"] for layer in self.layers]
         if self.config["kind"] == "value_sae":
             return values

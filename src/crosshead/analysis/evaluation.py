@@ -7,13 +7,15 @@ L0 says of what: ``l0`` counts key-side activations per position; ``l0_query`` f
 more than 1% of the target's size at a position; ``l0_triples`` (feature, from, to) moves above that, per position.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Annotated, Any
 
 import torch
+from jaxtyping import Float
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
+from crosshead.analysis.pruning import Pruned, pruned_errors
 from crosshead.dictionaries.base import Batch, Dictionary
 from crosshead.maths.statistics import participation_ratio
 
@@ -27,12 +29,12 @@ class EvaluationConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    contexts: Annotated[int, Field(gt=0)] = 64
-    """Held-out contexts evaluated on (all there are, if fewer)."""
     contexts_per_batch: Annotated[int, Field(gt=0)] = 4
     """Held-out contexts read at a time; does not change any result."""
     detail_contexts: Annotated[int, Field(gt=0)] = 8
-    """Held-out contexts for what costs a dense product per head: contributions of heads, query-side counts."""
+    """Held-out contexts for what costs a dense product per head: contributions of heads, query-side counts, pruning."""
+    refit_contexts: Annotated[int, Field(gt=0)] = 16
+    """Training contexts on which gains are refitted when features keep few of their movers."""
     splice_contexts: Annotated[int, Field(gt=0)] = 8
     """Held-out contexts on which the reconstruction is spliced into the base model."""
 
@@ -53,9 +55,9 @@ class Superposition(BaseModel):
     participation_ratio_mean: float
     """Its mean over live features."""
     identity_share: float
-    """Share of all contributed energy that features move through the identity."""
+    """Share of the energy written by all movers of all live features that went through the identity."""
     n_features: int
-    """Live features counted."""
+    """Live features that at least one real head moves: those the participation ratios are over."""
 
 
 class Evaluation(BaseModel):
@@ -84,6 +86,9 @@ class Evaluation(BaseModel):
     l0_query: float | None = None
     l0_triples: float | None = None
     superposition: Superposition | None = None
+    pruned: list[Pruned] = []
+    n_tokens_detail: int = 0
+    """Positions behind ``l0_query``, ``l0_triples``, ``superposition`` and ``pruned``."""
 
 
 class _Sums:
@@ -122,13 +127,18 @@ def _by_site(squares: Tensor, widths: list[int]) -> Tensor:
 
 
 @torch.no_grad()
-def evaluate(module: Dictionary, batches: Iterable[Batch], config: EvaluationConfig) -> Evaluation:
-    """Evaluate a dictionary in eval mode. ValueError when there is no counted position."""
+def evaluate(
+    module: Dictionary, batches: Iterable[Batch], config: EvaluationConfig, train: Sequence[Batch] = ()
+) -> Evaluation:
+    """Evaluate a dictionary in eval mode; ``train`` holds the contexts that gains are refitted on.
+
+    ValueError when there is no counted position.
+    """
     assert not module.training, "evaluate a dictionary in eval mode"
-    sums, detail = _Sums(module), _Detail()
+    sums, detail = _Sums(module), _Detail(module)
     for batch in batches:
         sums.add(module, batch)
-        detail.add(module, batch, config.detail_contexts)
+        detail.add(batch, config.detail_contexts)
     if not sums.n_tokens:
         raise ValueError("no held-out positions to evaluate on; raise corpus.heldout_contexts")
     error, variance = sum(sums.error), sum(sums.variance)
@@ -152,42 +162,52 @@ def evaluate(module: Dictionary, batches: Iterable[Batch], config: EvaluationCon
         ],
         context_squared_error=sums.error,
         context_variance=sums.variance,
-        **detail.results(sums.active > 0),
+        **detail.results(sums.active > 0, train),
     )
 
 
 class _Detail:
-    """Head contributions and query-side counts, for dictionaries that move features (those with ``contributions``)."""
+    """Head contributions, query-side counts and pruning, for dictionaries that move features."""
 
-    def __init__(self) -> None:
-        self.contributions: Tensor | float = 0.0
-        self.query = self.triples = 0.0
-        self.n_contexts = self.n_tokens = 0
+    def __init__(self, module: Any) -> None:
+        self.module = module if hasattr(module, "contributions") else None
+        self.batches: list[Batch] = []
 
-    def add(self, module: Any, batch: Batch, limit: int) -> None:
-        if self.n_contexts >= limit or not hasattr(module, "contributions"):
-            return
-        self.contributions = self.contributions + module.contributions(batch).double().cpu()
-        query, triples = module.moved_counts(batch)
-        self.query += query
-        self.triples += triples
-        self.n_contexts += len(batch.mask)
-        self.n_tokens += batch.n_counted
+    def add(self, batch: Batch, limit: int) -> None:
+        """Keep the first ``limit`` contexts of the evaluation set."""
+        room = limit - sum(len(kept.mask) for kept in self.batches)
+        if self.module is not None and room > 0:
+            self.batches.append(batch if len(batch.mask) <= room else _first(batch, room))
 
-    def results(self, live: Tensor) -> dict[str, Any]:
-        if not self.n_tokens:
+    def results(self, live: Tensor, train: Sequence[Batch]) -> dict[str, Any]:
+        n_tokens = sum(batch.n_counted for batch in self.batches)
+        if self.module is None or not n_tokens:
             return {}
-        assert isinstance(self.contributions, Tensor)
-        energy = self.contributions[:, live]
-        energy = energy[:, energy[1:].sum(0) > 0]
-        ratio = participation_ratio(energy[1:])
+        energy = torch.stack([self.module.contributions(batch).double().cpu() for batch in self.batches]).sum(0)
+        counts = [self.module.moved_counts(batch) for batch in self.batches]
         return {
-            "l0_query": self.query / self.n_tokens,
-            "l0_triples": self.triples / self.n_tokens,
-            "superposition": Superposition(
-                participation_ratio_median=float(ratio.median()),
-                participation_ratio_mean=float(ratio.mean()),
-                identity_share=float(energy[0].sum() / energy.sum()),
-                n_features=len(ratio),
-            ),
+            "l0_query": sum(moved for moved, _ in counts) / n_tokens,
+            "l0_triples": sum(triples for _, triples in counts) / n_tokens,
+            "superposition": _superposition(energy[:, live]),
+            "pruned": pruned_errors(self.module, train, self.batches),
+            "n_tokens_detail": n_tokens,
         }
+
+
+def _first(batch: Batch, n_contexts: int) -> Batch:
+    sites = {site: tensor[:n_contexts] for site, tensor in batch.sites.items()}
+    return Batch(sites, batch.mask[:n_contexts], batch.tokens[:n_contexts])
+
+
+def _superposition(energy: Float[Tensor, "M live"]) -> Superposition | None:
+    """None where no feature was moved by any real head."""
+    by_heads = energy[1:, energy[1:].sum(0) > 0]
+    if not by_heads.shape[1]:
+        return None
+    ratio = participation_ratio(by_heads)
+    return Superposition(
+        participation_ratio_median=float(ratio.median()),
+        participation_ratio_mean=float(ratio.mean()),
+        identity_share=float(energy[0].sum() / energy.sum()),
+        n_features=len(ratio),
+    )

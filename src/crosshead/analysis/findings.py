@@ -12,7 +12,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from crosshead.analysis.frontiers import compare_objectives, compare_series, compare_with_sum
+from crosshead.analysis.frontiers import Comparison, compare_objectives, compare_series, compare_with_sum, points_of
+from crosshead.maths.frontier import Point, log_interpolate
 
 __all__ = ["SCHEMA", "Finding", "ReportConfig", "collect", "judge"]
 
@@ -21,6 +22,8 @@ Record = dict[str, Any]
 Verdict = Literal["supports", "contradicts", "inconclusive"]
 
 _SEEDS_TO_DECIDE = 3
+_SPARSITIES_TO_DECIDE = 4
+_LEVELS = (30, 60, 100, 160, 190)
 _NO_GAP = 0.98  # a control within 2% of 1 shows no gap
 _FLAT = (
     "run", "series", "architecture", "layers", "target", "features", "heads_per_feature", "sparsity", "sparsity_value",
@@ -38,6 +41,10 @@ class ReportConfig(BaseModel):
     """Series of the multitoken transcoder's frontier."""
     top1: str = "top1"
     """Series of its single-head baseline."""
+    mtc_l1: str = "mtc-l1"
+    """Series of the multitoken transcoder in the source's L1 form."""
+    attention_output: str = "attn-out-sae"
+    """Series of the attention output SAE."""
     one_layer: tuple[str, str] = ("value-first", "value-second")
     """Series of the two one-layer value SAEs."""
     two_layer: tuple[str, ...] = ("value-both", "value-both-equal")
@@ -73,6 +80,7 @@ def collect(
     provenance: Record,
     corpus: Record,
     layers: Record,
+    layers_chosen_by: str,
     survey: Sequence[Record],
     references: Record,
     clusters: Record,
@@ -87,9 +95,11 @@ def collect(
         "model": {k: provenance.get(k) for k in ("id", "source", "revision", "sha256", "quantisation", "note")},
         "corpus": {k: corpus.get(k) for k in ("context_length", "n_contexts", "fingerprint", "sources")},
         "layers": layers,
+        "layers_chosen_by": layers_chosen_by,
         "survey": list(survey),
-        "frontier": [{k: record[k] for k in _FLAT} | _superposition(record) for record in records],
+        "frontier": [{k: record[k] for k in _FLAT} | _details(record) for record in records],
         "comparisons": _comparisons(series, config),
+        "matched_l0": _matched(series, references, config),
         "references": references,
         "clusters": clusters["clusters"],
         "cluster_agreement": clusters["agreement"],
@@ -107,34 +117,51 @@ def _by_series(records: Sequence[Record]) -> dict[str, list[Record]]:
     return series
 
 
-def _superposition(record: Record) -> Record:
-    evaluation = record["evaluation"]
-    return {
-        "normalised_mse_refit": evaluation["normalised_mse_refit"],
-        "shrinkage": evaluation["shrinkage"],
-        "l0_query": evaluation["l0_query"],
-        "l0_triples": evaluation["l0_triples"],
-        "superposition": evaluation["superposition"],
-        "kl": record["splicing"]["kl"],
-        "delta_ce": record["splicing"]["delta_ce"],
+def _details(record: Record) -> Record:
+    evaluation, splicing = record["evaluation"], record["splicing"]
+    names = ("normalised_mse_refit", "shrinkage", "l1", "density_histogram", "density_edges", "l0_query", "l0_triples",
+             "superposition", "pruned", "n_tokens_detail")  # fmt: skip
+    return {name: evaluation[name] for name in names} | {
+        "kl": splicing["kl"],
+        "delta_ce": splicing["delta_ce"],
+        "n_tokens_spliced": splicing["n_tokens"],
     }
+
+
+def _matched(series: Mapping[str, list[Record]], references: Record, config: ReportConfig) -> list[Record]:
+    """Normalised MSE on the attention output at round values of L0, log-linear between measured points (lowest seed)."""
+    curves = {name: points_of([r for r in series[of] if r["seed"] == min(q["seed"] for q in series[of])])
+              for name, of in (("mtc", config.mtc), ("top1", config.top1), ("mtc_l1", config.mtc_l1),
+                               ("attention_output_sae", config.attention_output)) if of in series}  # fmt: skip
+    curves["linear_top1"] = [Point(r["l0"], r["normalised_mse"]) for r in references["linear_top1"]]
+    return [{"l0": l0} | {name: log_interpolate(points, l0) for name, points in curves.items()} for l0 in _LEVELS]
 
 
 def _comparisons(series: Mapping[str, list[Record]], config: ReportConfig) -> Record:
     found: Record = {}
     if {config.mtc, config.top1} <= series.keys():
-        found["mtc_over_top1"] = _seeded(compare_series(series[config.mtc], series[config.top1]), series[config.mtc])
+        found["mtc_over_top1"] = _seeded(
+            compare_series(series[config.mtc], series[config.top1]), series[config.mtc], series[config.top1]
+        )
     one, other = config.one_layer
     for name in (*config.two_layer, config.two_layer_control):
         if {name, one, other} <= series.keys():
             comparison = compare_with_sum(series[name], series[one], series[other])
             objectives = compare_objectives(series[name], series[one], series[other])
-            found[f"{name}_over_sum"] = _seeded(comparison, series[name]) | {"objective": objectives}
+            found[f"{name}_over_sum"] = _seeded(comparison, series[name], series[one], series[other]) | {
+                "objective": objectives
+            }
     return found
 
 
-def _seeded(comparison: BaseModel, records: Sequence[Record]) -> Record:
-    return comparison.model_dump(mode="json") | {"n_seeds": len({r["seed"] for r in records})}
+def _seeded(comparison: Comparison, *sweeps: Sequence[Record]) -> Record:
+    """With what the verdicts ask for: seeds that all sweeps have, and whether all were trained on as many tokens."""
+    tokens = {record["tokens_trained"] for sweep in sweeps for record in sweep}
+    return comparison.model_dump(mode="json") | {
+        "n_seeds": len(comparison.seed_ratios),
+        "equal_tokens": len(tokens) == 1,
+        "features": [sorted({record["features"] for record in sweep}) for sweep in sweeps],
+    }
 
 
 def judge(metrics: Record, config: ReportConfig) -> list[Finding]:
@@ -144,6 +171,7 @@ def judge(metrics: Record, config: ReportConfig) -> list[Finding]:
         _heads_finding(metrics, config),
         _identity_finding(metrics),
         _cross_layer_finding(metrics, config),
+        _attention_output_finding(metrics, config),
         *_power_law_findings(metrics),
     ]
     return [finding for finding in found if finding is not None]
@@ -152,11 +180,14 @@ def judge(metrics: Record, config: ReportConfig) -> list[Finding]:
 def _ratio_text(comparison: Record) -> str:
     if comparison["ratio"] is None:
         return "the two sweeps do not overlap in L0"
-    low, high = comparison["interval"]
-    first, last = comparison["l0_range"]
+    interval = "no interval"
+    if comparison["interval"] is not None:
+        drawn = "contexts and seeds" if comparison["n_seeds"] > 1 else "contexts"
+        low, high = comparison["interval"]
+        interval = f"95% over {drawn} {low:.3f} to {high:.3f}"
+    where = "" if comparison["l0_range"] is None else " at L0 {:.0f} to {:.0f}".format(*comparison["l0_range"])
     return (
-        f"normalised MSE ratio {comparison['ratio']:.3f} (95% over contexts {low:.3f} to {high:.3f}) at L0 "
-        f"{first:.0f} to {last:.0f}; {comparison['n_tokens']:,} held-out tokens in {comparison['n_contexts']} contexts, "
+        f"normalised MSE ratio {comparison['ratio']:.3f} ({interval}){where}; {comparison['n_tokens']:,} held-out tokens in {comparison['n_contexts']} contexts, "
         f"{comparison['n_seeds']} seed{'s' if comparison['n_seeds'] > 1 else ''}"
     )
 
@@ -175,16 +206,27 @@ def _objective_text(comparison: Record) -> str:
 
 def _decide(comparison: Record) -> tuple[Verdict, str]:
     """Below 1 with its whole interval and enough seeds supports; above 1 likewise contradicts."""
-    if comparison["ratio"] is None:
+    if comparison["ratio"] is None or comparison["interval"] is None:
         return "inconclusive", "no common range of L0"
-    if comparison["n_seeds"] < _SEEDS_TO_DECIDE:
-        return "inconclusive", f"{comparison['n_seeds']} seed; the rule asks for {_SEEDS_TO_DECIDE}"
+    n_seeds, n_points = comparison["n_seeds"], comparison["n_sparsities"]
+    if n_seeds < _SEEDS_TO_DECIDE:
+        return "inconclusive", f"{n_seeds} seed{'s' if n_seeds > 1 else ''}; the rule asks for {_SEEDS_TO_DECIDE}"
+    if n_points < _SPARSITIES_TO_DECIDE:
+        return "inconclusive", f"{n_points} sparsities in a sweep; the rule asks for {_SPARSITIES_TO_DECIDE}"
+    if not comparison["equal_tokens"]:
+        return "inconclusive", "the sweeps were trained on different numbers of tokens"
     low, high = comparison["interval"]
     if high < 1:
         return "supports", "the whole interval lies below 1"
     if low > 1:
         return "contradicts", "the whole interval lies above 1"
     return "inconclusive", "the interval holds 1"
+
+
+def _budget(comparison: Record) -> str:
+    features = [", ".join(f"{n:,}" for n in found) for found in comparison["features"]]
+    equal = f"{features[0]} features each" if len(set(features)) == 1 else f"{' against '.join(features)} features"
+    return f"{equal}, {'equal' if comparison['equal_tokens'] else 'UNEQUAL'} tokens"
 
 
 def _superposition_finding(metrics: Record) -> Finding | None:
@@ -197,7 +239,8 @@ def _superposition_finding(metrics: Record) -> Finding | None:
         claim="Binding every MTC feature to a single attention head (Top-1) makes the reconstruction worse, which "
         "speaks for attention features spread over heads.",
         figure=f"MTC over Top-1: {_ratio_text(comparison)}.",
-        control="Top-1 with the same start, learning rates, tokens and features; the linear Top-1 reference is drawn.",
+        control=f"Top-1 from the same start with the same learning rates, {_budget(comparison)}; the linear Top-1 reference "
+        "is drawn.",
         verdict=verdict,
         reason=f"Supports when the interval of the ratio lies below 1 with {_SEEDS_TO_DECIDE} seeds or more: {reason}.",
         picture="mtc_frontier.png",
@@ -221,8 +264,9 @@ def _heads_finding(metrics: Record, config: ReportConfig) -> Finding | None:
         key="heads-per-feature",
         claim="Features of an MTC use more than one head.",
         figure=f"Contributions of {at['run']} spread over {s['participation_ratio_mean']:.2f} heads per feature (median "
-        f"{s['participation_ratio_median']:.2f}; {s['n_features']:,} live features). Normalised MSE with all heads: "
-        f"{at['normalised_mse']:.4f} at L0 {at['l0']:.0f}; {dose} ({at['n_tokens']:,} held-out tokens).",
+        f"{s['participation_ratio_median']:.2f}; {s['n_features']:,} live features, {at['n_tokens_detail']:,} held-out "
+        f"tokens). Trained with fewer heads, normalised MSE with all: {at['normalised_mse']:.4f} at L0 {at['l0']:.0f}; "
+        f"{dose} ({at['n_tokens']:,} held-out tokens). {_pruned_text(at)}",
         control=f"Top-1 by construction: {same['superposition']['participation_ratio_mean']:.2f}.",
         verdict="inconclusive",
         reason="The number of heads depends on the penalty on loadings; the rule asks for gram, l1 and l2 to agree, and "
@@ -230,6 +274,14 @@ def _heads_finding(metrics: Record, config: ReportConfig) -> Finding | None:
         picture="mtc_frontier.png",
         commands="dvc repro report",
     )
+
+
+def _pruned_text(row: Record) -> str:
+    if not row["pruned"]:
+        return ""
+    kept = ", ".join(f"{p['movers']}: {p['normalised_mse']:.4f}" for p in row["pruned"])
+    return (f"{row['run']} itself with every feature on its strongest movers, identity included, and gains refitted: {kept} "
+            f"({row['pruned'][0]['n_tokens']:,} held-out tokens).")  # fmt: skip
 
 
 def _identity_finding(metrics: Record) -> Finding | None:
@@ -245,8 +297,9 @@ def _identity_finding(metrics: Record) -> Finding | None:
     return Finding(
         key="identity",
         claim="With the residual stream as target, an identity head lets the MTC fuse attention with MLP-like work.",
-        figure=f"{row['superposition']['identity_share']:.1%} of the moved energy goes through the identity; normalised "
-        f"MSE {row['normalised_mse']:.4f} at L0 {row['l0']:.0f} ({row['n_tokens']:,} held-out tokens).",
+        figure=f"{row['superposition']['identity_share']:.1%} of the written energy went through the identity "
+        f"({row['n_tokens_detail']:,} held-out tokens); normalised MSE {row['normalised_mse']:.4f} at L0 {row['l0']:.0f} "
+        f"({row['n_tokens']:,} held-out tokens).",
         control=f"Identity share for the {control}.",
         verdict="inconclusive",
         reason="A share says that the identity is used, not that the fused operation is simpler; no rule yet.",
@@ -293,6 +346,30 @@ def _cross_layer_finding(metrics: Record, config: ReportConfig) -> Finding | Non
     )
 
 
+def _attention_output_finding(metrics: Record, config: ReportConfig) -> Finding | None:
+    rows = [r for r in metrics["frontier"] if r["series"] == config.attention_output]
+    mtc = [r for r in metrics["frontier"] if r["series"] == config.mtc]
+    if not rows or not mtc:
+        return None
+    at = min(rows, key=lambda r: abs(r["l0"] - 60))
+    near = min(mtc, key=lambda r: abs(r["l0"] - at["l0"]))
+    return Finding(
+        key="attention-output",
+        claim="SAEs on attention outputs find interpretable features, induction and succession among them, but show less "
+        "than MTC features, which also have a key side and fixed heads.",
+        figure=f"{at['run']}: normalised MSE {at['normalised_mse']:.4f} at L0 {at['l0']:.0f} (query side), "
+        f"{at['dead_fraction']:.0%} of features dead on {at['n_tokens']:,} held-out tokens, cross-entropy recovered "
+        f"{at['ce_recovered']:.2f} ({at['n_tokens_spliced']:,} tokens).",
+        control=f"{near['run']}, which predicts the same output from the layer's input: {near['normalised_mse']:.4f} at L0 "
+        f"{near['l0']:.0f} (key side), {near['dead_fraction']:.0%} dead, {near['ce_recovered']:.2f} recovered.",
+        verdict="inconclusive",
+        reason="The claim is about what features mean, and features are not labelled in this profile; L0s of different "
+        "sides are not comparable.",
+        picture="attention_output_frontier.png",
+        commands="dvc repro report",
+    )
+
+
 def _power_law_findings(metrics: Record) -> list[Finding]:
     sources = dict.fromkeys(c["source"] for c in metrics["clusters"] if "/" not in c["source"])
     return [_power_law_finding(metrics, source) for source in sources]
@@ -312,15 +389,14 @@ def _power_law_finding(metrics: Record, source: str) -> Finding:
                 "p <= 0.1 or beaten by a rival")  # fmt: skip
     null_text = (f"{sum(_rejected(c) for c in nulls)} of {len(nulls)} fits of shuffled and Gaussian loadings rejected; "
                  f"their alpha {_spread(nulls, 'alpha')}") if nulls else "no null had a fit"  # fmt: skip
-    rejected = bool(own) and all(_rejected(c) for c in own)
     return Finding(
         key=f"power-law-{source}",
         claim="Sizes of clusters in head-loading space follow a power law; there are no discrete families of OV dimension.",
         figure=f"{source}, {n:,} live features, {text}.",
         control=f"{null_text}.",
-        verdict="contradicts" if rejected else "inconclusive",
-        reason="Contradicts when every fit is rejected; a fit that is not rejected supports nothing unless the nulls are "
-        "rejected where the data are not, over three values of k with 1,000 bootstraps.",
+        verdict="inconclusive",
+        reason="One trained dictionary never decides. The rule asks for three training seeds, three values of k with 1,000 "
+        "bootstraps each, and data and nulls that differ; it says nothing of OV dimensions, which are not measured here.",
         picture=f"clusters_{source}.png",
         commands="dvc repro cluster report",
     )

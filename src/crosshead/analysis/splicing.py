@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from crosshead.activations.base_model import LanguageModel
-from crosshead.activations.splice import splice
+from crosshead.activations.splice import run_with_prefix, splice
 from crosshead.dictionaries.base import Batch, Dictionary, Site
 
 __all__ = ["Splicing", "cross_entropy_recovered"]
@@ -47,24 +47,25 @@ def cross_entropy_recovered(module: Dictionary, model: LanguageModel, batches: I
     totals: dict[str, float] = dict.fromkeys(("clean", "spliced", "zero", "mean", "kl"), 0.0)
     per_context: list[float] = []
     n_tokens = 0
+    lowest = min(site.layer for site in module.target_sites)
     for batch in batches:
         prediction = module.decode(module.encode(batch), batch)
         variants: dict[str, dict[Site, Tensor]] = {
-            "clean": {},
             "spliced": module.denormalise(prediction),
             "mean": module.denormalise(torch.zeros_like(prediction)),
             "zero": {site: torch.zeros_like(batch[site]) for site in module.target_sites},
         }
         predicted = batch.mask[:, :-1]
-        reference: Tensor | None = None
-        losses: dict[str, Tensor] = {}
+        logits, prefix = run_with_prefix(model, batch.tokens, lowest)
+        reference = _log_probabilities(logits)
+        losses = {"clean": _next_token_loss(reference, batch.tokens) * predicted}
+        totals["clean"] += float(losses["clean"].double().sum())
         for name, replacements in variants.items():
-            log_probabilities = splice(model, batch.tokens, replacements, batch.mask)[:, :-1].float().log_softmax(-1)
+            logits = splice(model, batch.tokens, replacements, batch.mask, prefix=prefix)
+            log_probabilities = _log_probabilities(logits)
             losses[name] = _next_token_loss(log_probabilities, batch.tokens) * predicted
             totals[name] += float(losses[name].double().sum())
-            if reference is None:
-                reference = log_probabilities
-            elif name == "spliced":
+            if name == "spliced":
                 kl = functional.kl_div(log_probabilities, reference, reduction="none", log_target=True).sum(-1)
                 totals["kl"] += float((kl * predicted).double().sum())
         counts = predicted.sum(1)
@@ -85,6 +86,10 @@ def cross_entropy_recovered(module: Dictionary, model: LanguageModel, batches: I
         ce_recovered_zero=_recovered(means, "zero"),
         context_delta_ce=per_context,
     )
+
+
+def _log_probabilities(logits: Float[Tensor, "B T V"]) -> Float[Tensor, "B T-1 V"]:
+    return logits[:, :-1].float().log_softmax(-1)
 
 
 def _next_token_loss(log_probabilities: Float[Tensor, "B T-1 V"], tokens: Tensor) -> Float[Tensor, "B T-1"]:

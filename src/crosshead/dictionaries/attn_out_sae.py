@@ -62,8 +62,8 @@ class Module(Autoencoder):
     def raw(self, batch: Batch) -> list[Float[Tensor, "B T width"]]:
         if not self.config.per_head:
             return [batch[self.target_sites[0]]]
-        pattern, v = (batch[site] for site in self.sites)
-        z = pattern @ expand_kv(v.float(), self.dims.n_heads)
+        pattern, v = (batch[site].to(self.decoder.dtype) for site in self.sites)
+        z = pattern @ expand_kv(v, self.dims.n_heads)
         return [z.transpose(1, 2).flatten(2)]
 
     def denormalise(self, prediction: Float[Tensor, "B T D"]) -> dict[Site, Tensor]:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from crosshead.dictionaries.base import Batch, Dictionary, LayerWeights, Loss, ModelDims, ParameterGroup
 from crosshead.dictionaries.encoder import SparseEncoder
+from crosshead.dictionaries.sparsity import TopK, folded_sparsity
 from crosshead.dictionaries.starts import Moments
 from crosshead.maths.sparse import SparseCodes, decode
 
@@ -46,7 +47,7 @@ class Autoencoder(Dictionary):
     def feature_norms(self) -> Float[Tensor, " F"]: ...
 
     def target(self, batch: Batch) -> Float[Tensor, "B T D"]:
-        return (torch.cat([x.float() for x in self.raw(batch)], dim=-1) - self.means) * self.column_scales
+        return (torch.cat([x.to(self.means.dtype) for x in self.raw(batch)], dim=-1) - self.means) * self.column_scales
 
     @property
     def column_scales(self) -> Float[Tensor, " D"]:
@@ -81,6 +82,24 @@ class Autoencoder(Dictionary):
         on = codes.values.detach() != 0
         fired = torch.bincount(codes.columns[on], minlength=self.config.features) > 0
         return Loss(parts, float(on.sum()) / len(target), float(error.detach() / target.square().sum()), fired)
+
+    @torch.no_grad()
+    def folded(self) -> "Autoencoder":
+        sparsity = folded_sparsity(self.config.sparsity)
+        if isinstance(sparsity, TopK) and (self.scales != self.scales[0]).any():
+            scales = ", ".join(f"{scale:.4g}" for scale in self.scales.tolist())
+            raise ValueError(f"topk compares f_i n_i, which folding sites of scales ({scales}) into the decoder "
+                             "would change unevenly; use sparsity.kind: batch_topk, which folds")  # fmt: skip
+        folded = type(self)(self.config.model_copy(update={"sparsity": sparsity}), self.dims).to(self.decoder)
+        scales = self.column_scales.double()
+        encoder = self.encoder.folded_state(self.means, scales, self.feature_norms())
+        folded.load_state_dict(self.state_dict() | {f"encoder.{name}": tensor for name, tensor in encoder.items()} | {
+            "decoder": self.decoder.double() / scales,
+            "decoder_bias": self.decoder_bias.double() / scales + self.means.double(),
+            "means": torch.zeros_like(self.means),
+            "scales": torch.ones_like(self.scales),
+        })  # fmt: skip
+        return folded.eval()
 
     def parameter_groups(self) -> list[ParameterGroup]:
         return [ParameterGroup("all", list(self.parameters()), 1.0)]

@@ -16,15 +16,27 @@ from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
-from pydantic import BaseModel, ConfigDict, Field
-from safetensors.torch import load_file, save_file
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 from torch import Tensor, nn
 
 from crosshead.io.files import atomic_directory, read_json, write_json
+from crosshead.io.settings import parse_section
+from crosshead.io.tensors import load_tensors, save_tensors
 from crosshead.maths.sparse import SparseCodes
 
-__all__ = ["Batch", "Dictionary", "DictionaryConfig", "LayerWeights", "Loss", "ModelDims", "ParameterGroup", "Site"]
+__all__ = [
+    "Batch",
+    "Dictionary",
+    "DictionaryConfig",
+    "LayerWeights",
+    "Loss",
+    "ModelDims",
+    "ParameterGroup",
+    "Site",
+    "read_description",
+]
 
+_FORMAT = 1
 SiteName = Literal["q", "k", "v", "pattern", "resid_in", "attn_out", "mlp_in", "mlp_out", "resid_out"]
 
 
@@ -130,6 +142,14 @@ class DictionaryConfig(BaseModel):
     features: Annotated[int, Field(gt=0)]
     """F, the number of dictionary features."""
 
+    @field_validator("layers")
+    @classmethod
+    def _layers_ascend(cls, layers: tuple[int, ...]) -> tuple[int, ...]:
+        """A validator, not a constraint of the field: architectures that narrow ``layers`` inherit it."""
+        if layers and (layers[0] < 0 or list(layers) != sorted(set(layers))):
+            raise ValueError(f"got layers {list(layers)}; give numbers from 0 on, lowest first, each once")
+        return layers
+
 
 class Dictionary(nn.Module, ABC):
     """A sparse dictionary over attention activations.
@@ -144,6 +164,10 @@ class Dictionary(nn.Module, ABC):
 
     def __init__(self, config: Any, dims: ModelDims):
         super().__init__()
+        for layer in config.layers:
+            if layer >= dims.n_layers:
+                raise ValueError(f"layer {layer} is out of range; the model has layers 0 to {dims.n_layers - 1}; "
+                                 "correct layers")  # fmt: skip
         self.config = config
         self.dims = dims
 
@@ -209,6 +233,16 @@ class Dictionary(nn.Module, ABC):
     def project_(self) -> None:
         """Restore constraints after an optimiser step. Nothing by default."""
 
+    @abstractmethod
+    def folded(self) -> "Dictionary":
+        """An inference copy that acts on raw activations: normalisation moved into the weights, buffers trivial.
+
+        Its ``encode`` and ``reconstruct`` equal this module's in eval mode, to float tolerance. Everything that was in
+        normalised units is raw in it: ``target``, ``decode``, ``feature_norms`` and head loadings; so train and
+        evaluate this module and hand out the copy. BatchTopK becomes JumpReLU with theta_i = threshold / n_i, because
+        n_i changes with the decoder's units. ValueError where a competition between features would change.
+        """
+
     @torch.no_grad()
     def reconstruct(self, batch: Batch) -> dict[Site, Tensor]:
         """Raw predicted activations per target site, in the site's own shape."""
@@ -217,10 +251,9 @@ class Dictionary(nn.Module, ABC):
     def save(self, path: Path | str) -> None:
         """Write a directory holding weights.safetensors and dictionary.json; replaces an earlier one atomically."""
         with atomic_directory(path) as directory:
-            save_file({name: t.detach().cpu().contiguous() for name, t in self.state_dict().items()},
-                      directory / "weights.safetensors")  # fmt: skip
+            save_tensors(directory / "weights.safetensors", self.state_dict())
             write_json(directory / "dictionary.json", {
-                "format": 1,
+                "format": _FORMAT,
                 "config": self.config.model_dump(mode="json"),
                 "dims": self.dims.model_dump(mode="json"),
             })  # fmt: skip
@@ -229,12 +262,27 @@ class Dictionary(nn.Module, ABC):
     def load(cls, path: Path | str) -> "Dictionary":
         """Load what ``save`` wrote. ValueError when it is damaged or of another architecture."""
         path = Path(path)
-        description = read_json(path / "dictionary.json")
-        config = cls.Config.model_validate(description["config"])
-        module = cls(config, ModelDims.model_validate(description["dims"]))
+        source = path / "dictionary.json"
+        description = read_description(path)
+        config = parse_section(cls.Config, description["config"], "config", source)
+        module = cls(config, parse_section(ModelDims, description["dims"], "dims", source))
+        weights = load_tensors(path / "weights.safetensors", "train the run again")
         try:
-            weights = load_file(path / "weights.safetensors")
-        except Exception as error:
-            raise ValueError(f"{path}/weights.safetensors cannot be read ({error}); train the run again") from error
-        module.load_state_dict(weights)
+            module.load_state_dict(weights)
+        except RuntimeError as error:
+            reason = " ".join(str(error).split())
+            raise ValueError(f"{path}/weights.safetensors does not fit {source} ({reason}); "
+                             "train the run again") from error  # fmt: skip
         return module.eval()
+
+
+def read_description(path: Path | str) -> dict[str, Any]:
+    """``dictionary.json`` of a saved dictionary: format, config, dims. ValueError when this version cannot read it."""
+    path = Path(path) / "dictionary.json"
+    description = read_json(path)
+    if not isinstance(description, dict) or not {"format", "config", "dims"} <= description.keys():
+        raise ValueError(f"{path} does not hold format, config and dims; train the run again")
+    if description["format"] != _FORMAT:
+        raise ValueError(f"{path} has format {description['format']!r}, this version reads {_FORMAT}; train the run "
+                         "again, or read it with the version that wrote it")  # fmt: skip
+    return description

@@ -138,6 +138,26 @@ class SparseEncoder(nn.Module):
         return functional.linear(x, self.weight, self.bias)
 
     @torch.no_grad()
+    def folded_state(
+        self, mean: Float[Tensor, " X"], scale: Float[Tensor, " X"] | Float[Tensor, ""], norms: Float[Tensor, " F"]
+    ) -> dict[str, Tensor]:
+        """Weights that give for raw x the pre-activations that this encoder gives for (x - mean) * scale.
+
+        The state of an encoder whose sparsity is ``folded_sparsity`` of this one's; ``norms`` are the n_i that this
+        encoder's threshold was calibrated with.
+        """
+        weight = self.weight.double() * scale.double()
+        state = self.state_dict() | {"weight": weight, "bias": self.bias.double() - weight @ mean.double()}
+        if isinstance(self.sparsity, BatchTopK):
+            # Theta is stored as its logarithm, which must be finite: a threshold of 0 becomes a tiny theta, and a
+            # feature that writes nothing (n_i = 0, never chosen) gets a huge one.
+            least, most = 1e-37, 1e37
+            theta = torch.where(norms > 0, self.threshold.double() / norms.double(), most)
+            state["log_threshold"] = theta.clamp(least, most).log()
+            state["threshold"] = torch.zeros_like(self.threshold)
+        return state
+
+    @torch.no_grad()
     def start_bias_(self, x: Float[Tensor, "n X"]) -> None:
         """Set biases so that every feature is active on the same share of ``x``, and scale to unit rms when active."""
         sparsity = self.sparsity

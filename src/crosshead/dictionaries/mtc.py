@@ -21,7 +21,7 @@ from collections.abc import Mapping, Sequence
 from typing import Annotated, Literal
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
@@ -36,7 +36,7 @@ from crosshead.dictionaries.base import (
     Site,
 )
 from crosshead.dictionaries.encoder import SparseEncoder
-from crosshead.dictionaries.sparsity import Sparsity
+from crosshead.dictionaries.sparsity import Sparsity, folded_sparsity
 from crosshead.dictionaries.starts import Moments, ridge
 from crosshead.maths.sparse import SparseCodes, moved_decode
 
@@ -58,7 +58,11 @@ class Config(DictionaryConfig):
     heads_per_feature: Annotated[int, Field(gt=0)] | Literal["all"] = "all"
     """Every feature keeps this many of its movers (heads and identity); 1 is the Top-1 MTC."""
     assignment: Literal["learned", "fixed"] = "learned"
-    """Kept movers: annealed selection with a straight-through gradient, or those drawn at the start (control)."""
+    """Kept movers: the largest, chosen anew while the others fade out, or those drawn at the start (control).
+
+    The others end without value and without gradient: a straight-through gradient to the end of training keeps the
+    choice from settling, because Adam moves every loading by about the learning rate however small its gradient.
+    """
     selection_fraction: Annotated[float, Field(gt=0, le=1)] = 0.3
     """Share of training over which the movers that are not kept fade out."""
     loadings_sign: Literal["free", "nonnegative"] = "free"
@@ -135,14 +139,14 @@ class Module(Dictionary):
         return (self.dims.d_model,)
 
     def target(self, batch: Batch) -> Float[Tensor, "B T D"]:
-        return (batch[self.target_sites[0]].float() - self.target_mean) * self.target_scale
+        return (batch[self.target_sites[0]].to(self.decoder.dtype) - self.target_mean) * self.target_scale
 
     def denormalise(self, prediction: Float[Tensor, "B T D"]) -> dict[Site, Tensor]:
         return {self.target_sites[0]: prediction / self.target_scale + self.target_mean}
 
     def inputs(self, batch: Batch) -> Float[Tensor, "N D"]:
         """What the encoder reads: normalised residual stream, zero at masked positions."""
-        x = self._normed(batch[Site(self.layer, "resid_in")].float())
+        x = self._normed(batch[Site(self.layer, "resid_in")].to(self.decoder.dtype))
         return (((x - self.input_mean) * self.input_scale) * batch.mask[..., None]).flatten(0, 1)
 
     def _normed(self, x: Tensor) -> Tensor:
@@ -188,7 +192,7 @@ class Module(Dictionary):
 
     def decode(self, codes: SparseCodes, batch: Batch, progress: float = 1.0) -> Float[Tensor, "B T D"]:
         moved = moved_decode(codes, self.effective_loadings(progress), self.decoder)
-        pattern = batch[Site(self.layer, "pattern")]
+        pattern = batch[Site(self.layer, "pattern")].to(self.decoder.dtype)
         n_contexts, n_positions = batch.mask.shape
         moved_MBTD = moved.view(len(moved), n_contexts, n_positions, -1)
         # One product per context over (head, source) pairs, instead of one per head.
@@ -214,6 +218,27 @@ class Module(Dictionary):
             with torch.no_grad():
                 self.loadings.clamp_(min=0.0)
 
+    @torch.no_grad()
+    def folded(self) -> "Module":
+        """See ``Dictionary.folded``. With ``input: normed`` the division by every rms stays: it is no linear map.
+
+        TopK keeps its choices, because one factor changes every n_i.
+        """
+        config = self.config.model_copy(update={"sparsity": folded_sparsity(self.config.sparsity)})
+        folded = type(self)(config, self.dims).to(self.decoder)
+        encoder = self.encoder.folded_state(self.input_mean, self.input_scale, self.feature_norms())
+        scale = self.target_scale.double()
+        folded.load_state_dict(self.state_dict() | {f"encoder.{name}": tensor for name, tensor in encoder.items()} | {
+            "decoder": self.decoder.double() / scale,
+            "decoder_bias": self.decoder_bias.double() / scale + self.target_mean.double(),
+            "bos": self.bos.double() / scale,
+            "input_mean": torch.zeros_like(self.input_mean),
+            "input_scale": torch.ones_like(self.input_scale),
+            "target_mean": torch.zeros_like(self.target_mean),
+            "target_scale": torch.ones_like(self.target_scale),
+        })  # fmt: skip
+        return folded.eval()
+
     def parameter_groups(self) -> list[ParameterGroup]:
         rest = [p for name, p in self.named_parameters() if name != "loadings"]
         return [
@@ -229,7 +254,8 @@ class Module(Dictionary):
     def pattern(self, batch: Batch, feature: int) -> Float[Tensor, "B T T"]:
         """P_i(t, s) of one feature; the column of the beginning-of-text token is zero because f_i is zero there."""
         loadings = self.effective_loadings().detach()[:, feature]
-        pattern = torch.einsum("h,bhts->bts", loadings[1:], batch[Site(self.layer, "pattern")])
+        heads = batch[Site(self.layer, "pattern")].to(loadings.dtype)
+        pattern = torch.einsum("h,bhts->bts", loadings[1:], heads)
         pattern = pattern + loadings[0] * torch.eye(pattern.shape[-1], device=pattern.device)
         return pattern * batch.mask[:, None, :]
 
@@ -246,14 +272,25 @@ class Module(Dictionary):
         return torch.cat(per_feature, dim=-1)
 
     @torch.no_grad()
+    def query_side_sums(
+        self, batch: Batch, codes: SparseCodes, kept: Bool[Tensor, "M F"] | None = None
+    ) -> Float[Tensor, "B T F"]:
+        """g_i(t) of every feature, dense; with ``kept``, through those movers only. For analysis, not for training."""
+        loadings = self.effective_loadings() if kept is None else self.effective_loadings() * kept
+        dense = codes.to_dense().view(*batch.mask.shape, -1)
+        sums = dense * loadings[0]
+        for h in range(self.dims.n_heads):
+            sums += batch[Site(self.layer, "pattern")][:, h] @ (dense * loadings[h + 1])
+        return sums
+
+    @torch.no_grad()
     def contributions(self, batch: Batch) -> Float[Tensor, "M F"]:
-        """sum_t (L_hi sum_s A_h(t,s) f_i(s))^2 over counted positions: what each mover contributes to each feature."""
-        loadings = self.effective_loadings()
+        """What each mover writes for each feature: sum over counted t of ||L_hi sum_s A_h(t,s) f_i(s) d_i||^2."""
         codes = self.encode(batch).to_dense().view(*batch.mask.shape, -1)
         patterns = batch[Site(self.layer, "pattern")] * batch.mask[:, None, :, None]
         sums = [codes.square().sum((0, 1))]
         sums += [(patterns[:, h] @ codes).square().sum((0, 1)) for h in range(self.dims.n_heads)]
-        return torch.stack(sums) * loadings.square()
+        return torch.stack(sums) * self.effective_loadings().square() * self.decoder.square().sum(1)
 
     @torch.no_grad()
     def moved_counts(self, batch: Batch, threshold: float = 0.01) -> tuple[int, int]:

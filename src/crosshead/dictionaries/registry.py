@@ -4,8 +4,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from crosshead.dictionaries.base import Dictionary, DictionaryConfig, ModelDims
-from crosshead.io.files import read_json
+from crosshead.dictionaries.base import Dictionary, DictionaryConfig, ModelDims, read_description
 
 __all__ = ["KINDS", "build", "config_class", "load_dictionary"]
 
@@ -30,5 +29,9 @@ def build(config: DictionaryConfig, dims: ModelDims) -> Dictionary:
 
 def load_dictionary(path: Path | str) -> Dictionary:
     """Load a dictionary of any architecture from the directory of its run; ValueError when it is damaged."""
-    kind = read_json(Path(path) / "dictionary.json")["config"]["kind"]
+    config = read_description(path)["config"]
+    kind = config.get("kind") if isinstance(config, dict) else None
+    if kind not in KINDS:
+        raise ValueError(f"{Path(path) / 'dictionary.json'} names the architecture {kind!r}, this version has "
+                         f"{', '.join(KINDS)}; train the run again")  # fmt: skip
     return _module(kind).Module.load(path)

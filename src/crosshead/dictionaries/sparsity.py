@@ -14,7 +14,18 @@ from torch import Tensor
 
 from crosshead.maths.sparse import SparseCodes
 
-__all__ = ["L1", "BatchTopK", "JumpReLU", "Sparsity", "TopK", "annealed_k", "batch_topk_threshold", "select"]
+__all__ = [
+    "L1",
+    "BatchTopK",
+    "JumpReLU",
+    "Sparsity",
+    "TopK",
+    "annealed_k",
+    "batch_topk_threshold",
+    "folded_sparsity",
+    "select",
+    "warm_coefficient",
+]
 
 
 class _Sparsity(BaseModel):
@@ -70,6 +81,13 @@ class JumpReLU(_Sparsity):
 
 
 Sparsity = Annotated[L1 | TopK | BatchTopK | JumpReLU, Field(discriminator="kind")]
+
+
+def folded_sparsity(sparsity: Any) -> Any:
+    """The form that selects alike at inference when the decoder changes units: BatchTopK becomes JumpReLU."""
+    if isinstance(sparsity, BatchTopK):
+        return JumpReLU(coefficient=0.0, start_l0=float(sparsity.k))
+    return sparsity
 
 
 def annealed_k(sparsity: TopK, progress: float) -> float:

@@ -1,6 +1,7 @@
 """Parameter files: YAML read strictly, with errors that name the key, the value got and what to do."""
 
 import difflib
+import math
 import types
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -9,9 +10,13 @@ from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
 import yaml
 from pydantic import BaseModel, ValidationError
 
-__all__ = ["nearest", "parse_section", "read_sections"]
+__all__ = ["SECTION_NAMES", "misspelt_sections", "nearest", "parse_section", "read_sections"]
 
 Section = TypeVar("Section", bound=BaseModel)
+
+SECTION_NAMES = ("profile", "paths", "machine", "model", "corpus", "survey", "harvest", "training", "evaluation",
+                 "references", "clusters", "report", "dictionaries", "runs")  # fmt: skip
+"""What a parameter file may hold. A stage knows its own sections only, yet refuses a misspelt one."""
 
 
 def read_sections(path: Path | str) -> dict[str, Any]:
@@ -27,14 +32,42 @@ def read_sections(path: Path | str) -> dict[str, Any]:
     return sections
 
 
+def misspelt_sections(sections: Mapping[str, Any], source: Path | str) -> list[str]:
+    """One sentence for every section that no stage knows."""
+    return [f"{source}: {name} is not a section; {nearest(str(name), SECTION_NAMES)}"
+            for name in sections if name not in SECTION_NAMES]  # fmt: skip
+
+
 def parse_section(config: type[Section], value: Any, key: str, source: Path | str) -> Section:
-    """``value`` as a ``config``. ValueError, one line for each fault, with the key's full path below ``key``."""
+    """``value`` as a ``config``. ValueError, one line for each fault, with the key's full path below ``key``.
+
+    Stricter than pydantic: a boolean is no number, and no number is infinite or NaN.
+    """
     try:
-        return config.model_validate(value)
+        parsed = config.model_validate(value)
     except ValidationError as error:
         # A discriminated union reports one fault once; a plain union reports it for every member.
         lines = dict.fromkeys(_describe(config, value, key, fault) for fault in error.errors(include_url=False))
         raise ValueError("\n".join(f"{source}: {line}" for line in lines)) from None
+    if faults := list(_no_numbers(value, parsed, key)):
+        raise ValueError("\n".join(f"{source}: {fault}" for fault in faults))
+    return parsed
+
+
+def _no_numbers(given: Any, parsed: Any, path: str) -> Iterator[str]:
+    """What pydantic took for a number though it is none: YAML reads ``yes`` as true and ``.inf`` as infinity."""
+    if isinstance(parsed, BaseModel):
+        parsed = dict(parsed)
+    if isinstance(given, Mapping) and isinstance(parsed, Mapping):
+        for name in given.keys() & parsed.keys():
+            yield from _no_numbers(given[name], parsed[name], f"{path}.{name}" if path else str(name))
+    elif isinstance(given, list | tuple) and isinstance(parsed, list | tuple):
+        for i, (one, other) in enumerate(zip(given, parsed, strict=False)):
+            yield from _no_numbers(one, other, f"{path}.{i}")
+    elif isinstance(given, bool) and type(parsed) in (int, float):
+        yield f"{path} = {given!r}: input should be a number"
+    elif isinstance(parsed, float) and not math.isfinite(parsed):
+        yield f"{path} = {given!r}: input should be a finite number"
 
 
 def nearest(name: str, known: Sequence[str]) -> str:

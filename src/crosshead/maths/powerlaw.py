@@ -7,7 +7,8 @@ synthetic samples (drawn from the fit above x_min, resampled from the data below
 least as large; small means: not a power law. Rivals are compared on the same tail by Vuong's likelihood-ratio test.
 
 The exponent is the exact discrete likelihood's, on a grid refined by a parabola: the usual closed-form approximation is
-off by a tenth at the small x_min that cluster sizes have.
+off by a tenth at the small x_min that cluster sizes have. An x_min whose likelihood still rises at the end of the grid
+(alpha 40: sizes that hardly vary) has no exponent and is no candidate.
 """
 
 from collections.abc import Callable
@@ -23,7 +24,9 @@ from scipy.stats import norm
 __all__ = ["LikelihoodRatio", "PowerLaw", "fit_power_law", "goodness_of_fit", "likelihood_ratios", "sample_power_law"]
 
 Sizes = NDArray[np.int64]
-_ALPHAS = np.arange(1.02, 8.0, 0.02)
+_LOG_EXCESS = np.linspace(np.log(0.02), np.log(39.0), 400)
+"""log(alpha - 1) on the grid: its steps are 2% of alpha - 1 everywhere."""
+_ALPHAS = 1.0 + np.exp(_LOG_EXCESS)
 _MINIMUM_TAIL = 10
 
 
@@ -53,7 +56,7 @@ def _log_zeta(x_min: int) -> NDArray[np.float64]:
 
 
 def fit_power_law(sizes: Sizes, minimum_tail: int = _MINIMUM_TAIL) -> PowerLaw | None:
-    """Fit sizes (positive integers). None when no x_min leaves ``minimum_tail`` observations of two different sizes."""
+    """Fit sizes (positive integers). None when no x_min leaves ``minimum_tail`` observations that admit one."""
     values = np.sort(np.asarray(sizes, dtype=np.int64))
     if len(values) and values[0] < 1:
         raise ValueError(f"sizes must be positive integers, got {values[0]}")
@@ -63,19 +66,24 @@ def fit_power_law(sizes: Sizes, minimum_tail: int = _MINIMUM_TAIL) -> PowerLaw |
         if len(tail) < minimum_tail:
             break
         alpha = _alpha(tail, int(x_min))
+        if alpha is None:
+            continue
         ks = _ks_distance(tail, alpha, int(x_min))
         if best is None or ks < best.ks:
             best = PowerLaw(alpha, int(x_min), ks, len(tail))
     return best
 
 
-def _alpha(tail: Sizes, x_min: int) -> float:
+def _alpha(tail: Sizes, x_min: int) -> float | None:
+    """Maximum of the likelihood; None where it lies at an end of the grid."""
     likelihood = -len(tail) * _log_zeta(x_min) - _ALPHAS * np.log(tail).sum()
-    i = int(np.clip(likelihood.argmax(), 1, len(_ALPHAS) - 2))
+    i = int(likelihood.argmax())
+    if i in (0, len(_ALPHAS) - 1):
+        return None
     left, middle, right = likelihood[i - 1 : i + 2]
     curvature = left - 2 * middle + right
     shift = 0.5 * (left - right) / curvature if curvature < 0 else 0.0
-    return float(_ALPHAS[i] + np.clip(shift, -1, 1) * (_ALPHAS[1] - _ALPHAS[0]))
+    return float(1.0 + np.exp(_LOG_EXCESS[i] + shift * (_LOG_EXCESS[1] - _LOG_EXCESS[0])))
 
 
 def _ks_distance(tail: Sizes, alpha: float, x_min: int) -> float:
@@ -99,19 +107,26 @@ def sample_power_law(alpha: float, x_min: int, n: int, generator: np.random.Gene
     return drawn
 
 
-def goodness_of_fit(sizes: Sizes, fit: PowerLaw, *, bootstraps: int, seed: int) -> float:
-    """Share of semi-parametric synthetic samples, refitted with their own x_min, that are at least as far off."""
+def goodness_of_fit(
+    sizes: Sizes, fit: PowerLaw, *, bootstraps: int, seed: int, minimum_tail: int = _MINIMUM_TAIL
+) -> float:
+    """Share of semi-parametric synthetic samples, refitted with their own x_min, that are at least as far off.
+
+    ``minimum_tail`` is the one that ``fit`` was made with. Samples that admit no fit (a few equal sizes) are left out.
+    """
     values = np.asarray(sizes, dtype=np.int64)
     below = values[values < fit.x_min]
     generator = np.random.default_rng(seed)
-    as_far = 0
+    as_far = n_fitted = 0
     for _ in range(bootstraps):
         n_tail = generator.binomial(len(values), fit.n_tail / len(values)) if len(below) else len(values)
         tail = sample_power_law(fit.alpha, fit.x_min, n_tail, generator)
         rest = generator.choice(below, len(values) - n_tail) if len(below) else below
-        synthetic = fit_power_law(np.concatenate([tail, rest]))
-        as_far += synthetic is None or synthetic.ks >= fit.ks
-    return as_far / bootstraps
+        synthetic = fit_power_law(np.concatenate([tail, rest]), minimum_tail)
+        if synthetic is not None:
+            n_fitted += 1
+            as_far += synthetic.ks >= fit.ks
+    return as_far / max(n_fitted, 1)
 
 
 def likelihood_ratios(sizes: Sizes, fit: PowerLaw) -> dict[str, LikelihoodRatio]:

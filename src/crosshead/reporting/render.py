@@ -24,9 +24,22 @@ _RUNS = (
     _Column("run", "run"), _Column("layers", "layers"), _Column("target", "target"),
     _Column("features", "features", "{:,}"), _Column("heads", "heads_per_feature"), _Column("L0", "l0", "{:.1f}"),
     _Column("normalised MSE", "normalised_mse", "{:.4f}"), _Column("refitted", "normalised_mse_refit", "{:.4f}"),
-    _Column("CE recovered", "ce_recovered", "{:.3f}"), _Column("KL", "kl", "{:.4f}"),
     _Column("dead", "dead_fraction", "{:.1%}"), _Column("control", "control"), _Column("seed", "seed"),
+    _Column("parameters", "parameters", "{:,}"), _Column("tokens trained", "tokens_trained", "{:,}"),
     _Column("held-out tokens", "n_tokens", "{:,}"),
+)  # fmt: skip
+_SPLICED = (
+    _Column("run", "run"), _Column("CE recovered (mean)", "ce_recovered", "{:.3f}"),
+    _Column("CE recovered (zero)", "ce_recovered_zero", "{:.3f}"), _Column("delta CE", "delta_ce", "{:.4f}"),
+    _Column("KL", "kl", "{:.4f}"), _Column("tokens", "n_tokens_spliced", "{:,}"),
+    _Column("L0 query side", "l0_query", "{:.1f}"), _Column("L0 triples", "l0_triples", "{:.1f}"),
+    _Column("heads (mean)", "heads_mean", "{:.2f}"), _Column("identity", "identity_share", "{:.1%}"),
+    _Column("tokens of these", "n_tokens_detail", "{:,}"),
+)  # fmt: skip
+_MATCHED = (
+    _Column("L0", "l0"), _Column("MTC", "mtc", "{:.4f}"), _Column("Top-1", "top1", "{:.4f}"),
+    _Column("MTC, L1 form", "mtc_l1", "{:.4f}"), _Column("linear Top-1", "linear_top1", "{:.4f}"),
+    _Column("attention output SAE (query side)", "attention_output_sae", "{:.4f}"),
 )  # fmt: skip
 _HEADS = (
     _Column("layer", "layer"), _Column("head", "head"), _Column("induction", "induction", "{:.3f}"),
@@ -39,9 +52,11 @@ _CLUSTERS = (
     _Column("rival wins", "winner"), _Column("non-empty", "n_clusters"),
 )  # fmt: skip
 _AUDIT = (
-    _Column("run", "run"), _Column("architecture", "architecture"), _Column("reported", "normalised_mse", "{:.6f}"),
-    _Column("recomputed", "recomputed", "{:.6f}"), _Column("difference", "difference", "{:.1e}"),
-    _Column("agrees", "agrees"),
+    _Column("run", "run"), _Column("architecture", "architecture"), _Column("target", "target"),
+    _Column("heads", "heads_per_feature"), _Column("sparsity", "sparsity"),
+    _Column("reported", "normalised_mse", "{:.6f}"), _Column("recomputed", "recomputed", "{:.6f}"),
+    _Column("difference", "difference", "{:.1e}"),
+    _Column("agrees", "agrees"), _Column("not audited because", "reason"),
 )  # fmt: skip
 _REFERENCES = (
     _Column("R", "rank"), _Column("linear Top-1 at L0 = R", "linear", "{:.4f}"),
@@ -66,6 +81,8 @@ def render_markdown(metrics: Record, findings: Sequence[Any]) -> str:
         table=lambda text: text,
         heads=_table(_HEADS, clearest),
         runs=_table(_RUNS, metrics["frontier"]),
+        spliced=_table(_SPLICED, [row | _spread_over_heads(row) for row in metrics["frontier"]]),
+        matched=_table(_MATCHED, metrics["matched_l0"]),
         references=_table(_REFERENCES, rows),
         clusters=_table(_CLUSTERS, [c | {"winner": _winner(c)} for c in metrics["clusters"]]),
         audit=_table(_AUDIT, metrics["audit"]["runs"]),
@@ -79,6 +96,12 @@ def render_html(markdown: str, figures: Path) -> str:
     environment = Environment(loader=PackageLoader("crosshead.reporting"), undefined=StrictUndefined, autoescape=False)
     title = html.escape(markdown.splitlines()[0].lstrip("# "))
     return environment.get_template("page.html.jinja").render(title=title, body=body) + "\n"
+
+
+def _spread_over_heads(row: Record) -> Record:
+    spread = row["superposition"] or {}
+    return {"heads_mean": spread.get("participation_ratio_mean"), "identity_share": spread.get("identity_share"),
+            "n_tokens_detail": row["n_tokens_detail"] or None}  # fmt: skip
 
 
 class _Dotted(dict):

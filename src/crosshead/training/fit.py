@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from tqdm import tqdm
 
 from crosshead.dictionaries.base import Batch, Dictionary, LayerWeights
-from crosshead.io.files import read_json, write_json
+from crosshead.io.files import read_json, recover_directory, write_json
 from crosshead.training.checkpoint import load_checkpoint, save_checkpoint
 from crosshead.training.schedules import learning_rate_factor
 
@@ -126,7 +126,7 @@ def fit(
                 session.evaluate(heldout, seed)
             if last or stop.requested or session.step % config.checkpoint_every == 0:
                 session.checkpoint()
-            if stop.requested and not last:
+            if stop.requested:
                 raise KeyboardInterrupt(f"{description}: stopped after step {session.step}, checkpoint written")
             bar.update()
     module.calibrate_(train.sample(config.calibrate_contexts, seed + 1))
@@ -163,7 +163,7 @@ class _Session:
     def resume(self) -> bool:
         """Take up the checkpoint in ``work``; False when there is none."""
         path = self.work / "checkpoint"
-        if not path.exists():
+        if not recover_directory(path):
             return False
         self.step, self.history = load_checkpoint(
             path, self.module, self.optimiser, identity=self.identity, counters=self.counters
@@ -182,14 +182,14 @@ class _Session:
             loss = self.module.loss(batch, self.step / config.steps)
             total = loss.total
         if not math.isfinite(float(total.detach())):
-            raise FloatingPointError(
-                f"the loss at step {self.step} is {float(total.detach())}; the last good checkpoint is in "
-                f"{self.work / 'checkpoint'}; lower training.learning_rate (now {config.learning_rate}) or set "
-                "training.gradient_clip"
-            )
+            raise self._not_finite("the loss", float(total.detach()))
         total.backward()
+        # Before the weights change: a checkpoint must never hold what cannot be trained on.
+        norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
+        if not math.isfinite(float(norm)):
+            raise self._not_finite("the gradient's norm", float(norm))
         if config.gradient_clip is not None:
-            torch.nn.utils.clip_grad_norm_(self.parameters, config.gradient_clip)
+            torch.nn.utils.clip_grads_with_norm_(self.parameters, config.gradient_clip, norm)
         self.optimiser.step()
         self.module.project_()
         self.step += 1
@@ -199,6 +199,12 @@ class _Session:
         if self.step % config.log_every == 0 or self.step == config.steps:
             parts = {f"loss_{name}": float(value.detach()) for name, value in loss.parts.items()}
             self._record({"l0": loss.l0, "normalised_mse": loss.normalised_mse, **parts})
+
+    def _not_finite(self, what: str, value: float) -> FloatingPointError:
+        return FloatingPointError(
+            f"{what} at step {self.step} is {value}; the last good checkpoint is in {self.work / 'checkpoint'}; lower "
+            f"training.learning_rate (now {self.config.learning_rate}) or set training.gradient_clip"
+        )
 
     @torch.no_grad()
     def evaluate(self, heldout: BatchSource, seed: int) -> None:

@@ -11,10 +11,11 @@ from crosshead.dictionaries.registry import KINDS, config_class
 from crosshead.io.settings import nearest, parse_section
 from crosshead.training.fit import TrainingConfig
 
-__all__ = ["Run", "read_run"]
+__all__ = ["UNCHOSEN_LAYERS", "Run", "read_defaults", "read_run"]
 
 LAYER_NAMES = ("first", "second", "adjacent")
-_SOME_LAYERS = {"first": 0, "adjacent": 1, "second": 6}
+UNCHOSEN_LAYERS = {"first": 1_000_000, "adjacent": 1_000_001, "second": 1_000_006}
+"""Stand-ins until the survey has chosen: numbers that no parameter file writes for a layer of its own."""
 
 
 class _Entry(BaseModel):
@@ -51,9 +52,7 @@ class Run(_Entry):
         return _dictionary_config(self.kind, self.dictionary, layers, f"runs.{self.name}", "parameters")
 
 
-def read_run(
-    name: str, entry: Any, defaults: Mapping[str, Any], training: Mapping[str, Any], source: Path | str
-) -> Run:
+def read_run(name: str, entry: Any, defaults: Any, training: Any, source: Path | str) -> Run:
     """Validate ``runs.<name>`` over ``dictionaries.<kind>`` and ``training``. ValueError names the key at fault.
 
     An architecture's defaults may hold a ``training`` of their own, between the general one and the run's.
@@ -66,25 +65,32 @@ def read_run(
     kind = entry.get("kind")
     if kind not in KINDS:
         raise ValueError(f"{source}: {key}.kind = {kind!r} is not an architecture; {nearest(str(kind), KINDS)}")
-    usual, steps = _defaults(kind, defaults, training, source)
+    usual, steps = read_defaults(kind, defaults, training, source)
     own = {field: value for field, value in entry.items() if field in _Entry.model_fields}
     dictionary = {**usual, **{field: value for field, value in entry.items() if field not in own}, "kind": kind}
-    _dictionary_config(kind, dictionary, _SOME_LAYERS, key, source)
+    _dictionary_config(kind, dictionary, UNCHOSEN_LAYERS, key, source)
     general = parse_section(_Entry, own, key, source)
     schedule = parse_section(TrainingConfig, {**steps, **general.training}, f"{key}.training", source)
     return Run(**dict(general), name=name, schedule=schedule, dictionary=dictionary)
 
 
-def _defaults(
-    kind: str, defaults: Mapping[str, Any], training: Mapping[str, Any], source: Path | str
-) -> tuple[dict[str, Any], dict[str, Any]]:
+def read_defaults(kind: str, defaults: Any, training: Any, source: Path | str) -> tuple[dict[str, Any], dict[str, Any]]:
     """An architecture's parameters and schedule before a run's own: faults belong to the defaults, not to the run."""
     known = [*(field for field in config_class(kind).model_fields if field != "kind"), "training"]
+    if not isinstance(defaults, Mapping):
+        raise ValueError(
+            f"{source}: dictionaries.{kind} = {defaults!r} is not a mapping; give it parameters, e.g. features"
+        )
     for field in defaults:
         if field not in known:
-            raise ValueError(f"{source}: dictionaries.{kind}.{field} is not a parameter; {nearest(field, known)}")
+            raise ValueError(f"{source}: dictionaries.{kind}.{field} is not a parameter; {nearest(str(field), known)}")
     parse_section(TrainingConfig, training, "training", source)
-    steps = {**training, **(defaults.get("training") or {})}
+    own = defaults.get("training") or {}
+    if not isinstance(own, Mapping):
+        raise ValueError(
+            f"{source}: dictionaries.{kind}.training = {own!r} is not a mapping; give it parameters, e.g. steps"
+        )
+    steps = {**training, **own}
     parse_section(TrainingConfig, steps, f"dictionaries.{kind}.training", source)
     return {field: value for field, value in defaults.items() if field != "training"}, steps
 
@@ -99,5 +105,15 @@ def _dictionary_config(
                 f"{source}: {key}.layers names {layer!r}, which is no layer; {nearest(layer, LAYER_NAMES)}"
             )
     if isinstance(chosen, list | tuple):
+        named = [layer for layer in chosen if isinstance(layer, str)]
+        if len(set(named)) < len(named):
+            raise ValueError(f"{source}: {key}.layers = {list(chosen)!r} names a layer twice; give each once")
         chosen = [layers.get(layer, layer) if isinstance(layer, str) else layer for layer in chosen]
-    return parse_section(config_class(kind), {**dictionary, "layers": chosen}, key, source)
+        # Which of the survey's layers lies lower is known only after it has run: the adjacent one may be either.
+        chosen = sorted(chosen) if named and all(isinstance(layer, int) for layer in chosen) else chosen
+    config = parse_section(config_class(kind), {**dictionary, "layers": chosen}, key, source)
+    k = getattr(getattr(config, "sparsity", None), "k", None)
+    if k is not None and k > config.features:
+        raise ValueError(f"{source}: {key}.sparsity.k = {k} exceeds features = {config.features}; lower it or raise "
+                         "features")  # fmt: skip
+    return config

@@ -13,10 +13,14 @@ def open_cache(stage: Stage) -> ActivationCache:
 
     Shards are hashed when they are first seen; work/verified-<profile>.json remembers which files were intact.
     """
+    manifest = stage.data / "corpus" / "manifest.json"
+    described = read_json(manifest)
+    if not isinstance(described, dict) or not isinstance(described.get("fingerprint"), str):
+        raise ValueError(f"{manifest} names no fingerprint; delete its directory and run the corpus stage again")
     return ActivationCache.open(
         stage.data / "cache",
         verify="sha256",
         remember=repository_root() / "work" / f"verified-{stage.profile}.json",
         model=recorded_fingerprint(stage.data / "model"),
-        corpus=read_json(stage.data / "corpus" / "manifest.json")["fingerprint"],
+        corpus=described["fingerprint"],
     )

@@ -5,6 +5,7 @@ import socket
 from collections.abc import Callable
 from typing import Any
 
+from crosshead.io.files import process_lives
 from flows._runtime import Stage
 
 __all__ = ["process_tags", "reap_killed_runs", "run_as_flow"]
@@ -48,7 +49,7 @@ def reap_killed_runs() -> int:
         newest_first, any_order = FlowRunSort.START_TIME_DESC, TaskRunSort.ID_DESC
         for flow_run in client.read_flow_runs(flow_run_filter=running, sort=newest_first, limit=200):
             pids = [int(tag.removeprefix("pid:")) for tag in flow_run.tags if tag.startswith("pid:")]
-            if any(_alive(pid) for pid in pids):
+            if any(process_lives(pid) for pid in pids):
                 continue
             own = FlowRunFilter.model_validate({"id": {"any_": [flow_run.id]}})
             tasks = TaskRunFilter.model_validate({"state": unfinished})
@@ -59,13 +60,3 @@ def reap_killed_runs() -> int:
             client.set_flow_run_state(flow_run.id, killed, force=True)
             reaped += 1
     return reaped
-
-
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True

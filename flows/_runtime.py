@@ -22,7 +22,7 @@ from typing import Any, TypeVar
 from pydantic import BaseModel
 
 from crosshead.io.files import FULL_DISK, fingerprint, sha256_file
-from crosshead.io.settings import misspelt_sections, parse_section, read_sections
+from crosshead.io.settings import parse_section, read_sections
 
 __all__ = ["Stage", "main", "repository_root"]
 
@@ -50,10 +50,8 @@ class Stage:
 
     @classmethod
     def open(cls, name: str, source: Path, run: str | None = None) -> "Stage":
-        """Read the parameter file. ValueError when it cannot be read, has an unknown section or no such run."""
+        """Read the parameter file. ValueError when it cannot be read or has no such run."""
         sections = read_sections(source)
-        if faults := misspelt_sections(sections, source):
-            raise ValueError("\n".join(faults))
         for needed in ("profile", "paths"):
             if needed not in sections:
                 raise ValueError(f"{source}: {needed} is missing; every profile has it, see params.yaml")

@@ -1,9 +1,12 @@
 """Recompute one run of every kind without our cache, engine or evaluation code."""
 
+from pathlib import Path
+
 from crosshead.activations.corpus import Corpus
 from crosshead.activations.machine import Machine
 from crosshead.analysis.audit import Recomputed, audit_runs
-from crosshead.io.files import atomic_directory, read_json, write_json
+from crosshead.dictionaries.base import read_description
+from crosshead.io.files import atomic_directory, fingerprint, read_json, write_json
 from flows._runtime import Stage, main
 
 TOLERANCE = 1e-4
@@ -16,7 +19,7 @@ def audit(stage: Stage) -> None:
     chosen = {}
     for record in records:
         if record["control"] == "none":
-            chosen.setdefault(_kind(record), record)
+            chosen.setdefault(_kind(stage.data / "runs" / record["run"]), record)
     recomputed = audit_runs(
         {record["run"]: stage.data / "runs" / record["run"] for record in chosen.values()},
         stage.data / "model",
@@ -34,9 +37,12 @@ def audit(stage: Stage) -> None:
         write_json(directory / "audit.json", {"tolerance": TOLERANCE, "runs": rows})
 
 
-def _kind(record: dict) -> tuple:
-    """What makes a run's arithmetic its own: one of each is audited."""
-    return record["architecture"], record["target"], record["heads_per_feature"], record["sparsity"]["kind"]
+def _kind(run: Path) -> str:
+    """What makes a run's arithmetic its own - its configuration without sizes and starts; one of each is audited."""
+    config = read_description(run)["config"]
+    sizes = ("layers", "features", "sparsity")
+    own = {name: value for name, value in config.items() if name not in sizes and not name.startswith("start")}
+    return fingerprint(own | {"sparsity": config["sparsity"]["kind"]})
 
 
 def _row(record: dict, recomputed: Recomputed) -> dict:

@@ -7,6 +7,7 @@ is clean afterwards; DVC lets go of its lock while a stage's command runs, which
 import argparse
 import os
 import re
+import signal
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -31,15 +32,14 @@ from flows._prefect import process_tags, reap_killed_runs
 from flows._runtime import repository_root
 from flows._tracking import experiment_name, open_client
 from flows._views import add_views
-from flows.servers import NoServerError, interrupt_on_termination, prefect_server, reachable, viewer_address
+from flows.servers import NoServerError, interrupt_on_termination, prefect_server, viewer_address
 
 __all__ = ["findings", "stage_graph"]
 
-_WRONG_PARAMETERS, _INTERRUPTED = 2, 130
+_WRONG_PARAMETERS, _INTERRUPTED, _DVC_INTERRUPTED = 2, 130, 252
 _EXIT_CODE = re.compile(r"^ERROR: failed to reproduce .*, exited with (-?\d+)$", re.MULTILINE)
 _RETRIES = 2
 _GOOD = ("done", "unchanged")
-_SECONDS_TO_END = 15
 
 
 class StageFailedError(RuntimeError):
@@ -89,7 +89,8 @@ def reproduce(stage: str) -> str:
     text = log.read_text(encoding="utf-8", errors="replace")
     lines = text.splitlines()
     if result.returncode:
-        raise StageFailedError(f"{stage}: " + "\n".join(lines[-20:]), _exit_code(text))
+        code = _INTERRUPTED if result.returncode == _DVC_INTERRUPTED else _exit_code(text)
+        raise StageFailedError(f"{stage}: " + "\n".join(lines[-20:]), code)
     skipped = any("didn't change, skipping" in line for line in lines)
     get_run_logger().info("%s: %s", stage, "nothing to do" if skipped else f"done, log in {log}")
     return "unchanged" if skipped else "done"
@@ -186,15 +187,15 @@ def _main() -> int:
     parser = argparse.ArgumentParser(prog="python -m flows.findings", description=__doc__)
     parser.add_argument("--pipeline", default="dvc.yaml", help="the profile's dvc.yaml")
     parser.add_argument("--workers", type=int, default=1, help="stages at the same time")
+    parser.add_argument("--beside", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.workers < 1 or not Path(options.pipeline).exists():
         print(f"--workers {options.workers} --pipeline {options.pipeline}: give one worker or more and a dvc.yaml that "
               "exists", file=sys.stderr)  # fmt: skip
         return 2
-    named = os.environ.get("PREFECT_API_URL")
+    if options.beside:
+        return _run(options.pipeline, options.workers)
     try:
-        if named and reachable(f"{named}/health"):
-            return _run(options.pipeline, options.workers)
         interrupt_on_termination()
         with prefect_server() as address:
             print(f"Prefect  {address.removesuffix('/api')}", flush=True)
@@ -208,7 +209,7 @@ def _main() -> int:
 
 
 def _run(pipeline: str, workers: int) -> int:
-    """The flow, reporting to the server that PREFECT_API_URL names; the exit code."""
+    """The flow, reporting to the server that PREFECT_API_URL named when this process began; the exit code."""
     reaped = reap_killed_runs()
     if reaped:
         print(f"marked {reaped} killed flow runs as crashed", flush=True)
@@ -223,17 +224,18 @@ def _run(pipeline: str, workers: int) -> int:
 
 
 def _run_beside(address: str, arguments: list[str]) -> int:
-    """Run again beside a server: Prefect reads its address when it is imported, and reports until the process ends."""
-    command = [sys.executable, "-m", "flows.findings", *arguments]
-    process = subprocess.Popen(command, env=os.environ | {"PREFECT_API_URL": address})
+    """Run again beside a server: Prefect reads its address when it is imported, and reports until the process ends.
+
+    In a group of processes of its own, so that an interrupt - Ctrl-C or SIGTERM, whoever sent it - is passed on once
+    to the flow, to DVC and to the stages, which write a checkpoint and end; then the server ends too.
+    """
+    command = [sys.executable, "-m", "flows.findings", *arguments, "--beside", address]
+    process = subprocess.Popen(command, env=os.environ | {"PREFECT_API_URL": address}, process_group=0)
     try:
         return process.wait()
-    except KeyboardInterrupt:  # Ctrl-C in a terminal has reached the flow too, a SIGTERM has not
-        try:
-            process.wait(timeout=_SECONDS_TO_END)
-        except subprocess.TimeoutExpired:
-            process.terminate()
-            process.wait()
+    except KeyboardInterrupt:
+        os.killpg(process.pid, signal.SIGINT)
+        process.wait()
         raise
 
 

@@ -41,7 +41,8 @@ def publish(params: Params) -> list[str]:
         record = read_json(report)
         experiment, stage = experiment_name(params.profile, run.family), f"train@{run.name}"
         mark = record_tag(final_metrics(record))
-        if find_runs(client, experiment, record=mark, dvc__stage=stage):
+        found = find_runs(client, experiment, record=mark, dvc__stage=stage)
+        if any(other.info.status == "FINISHED" for other in found):  # else: publishing it was interrupted
             continue
         config = _config(run, record)
         differing = _differences(run, config, record)

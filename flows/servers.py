@@ -11,6 +11,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
+from http.client import HTTPException
 from pathlib import Path
 
 from flows._runtime import repository_root
@@ -22,7 +23,6 @@ __all__ = [
     "interrupt_on_termination",
     "mlflow_server",
     "prefect_server",
-    "reachable",
     "viewer_address",
 ]
 
@@ -48,7 +48,7 @@ def prefect_server(port: int = PREFECT_PORT) -> Iterator[str]:
     own = f"http://{_HOST}:{port}/api"
     named = os.environ.get("PREFECT_API_URL") or own
     if named != own:
-        if not reachable(f"{named}/health"):
+        if not _reachable(f"{named}/health"):
             raise NoServerError(f"PREFECT_API_URL={named} does not answer; start that server, or unset PREFECT_API_URL "
                                 f"and one is started on port {port}")  # fmt: skip
         yield named
@@ -132,18 +132,18 @@ def _answers(address: str, healthy: str) -> bool:
     try:
         with _DIRECT.open(address, timeout=2) as answer:
             return answer.status == 200 and answer.read(100).decode(errors="replace").strip() == healthy
-    except OSError:
+    except (OSError, HTTPException):  # the second: something that does not speak HTTP
         return False
 
 
-def reachable(address: str) -> bool:
-    """Whether anything answers, be it that we may not look."""
+def _reachable(address: str) -> bool:
+    """Whether a server answers, be it that we may not look."""
     try:
         with urllib.request.urlopen(address, timeout=10):
             return True
     except urllib.error.HTTPError:
         return True
-    except (OSError, ValueError):
+    except (OSError, ValueError, HTTPException):
         return False
 
 
@@ -164,7 +164,8 @@ def interrupt_on_termination() -> None:
         raise KeyboardInterrupt
 
     for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, interrupt)
+        if signal.getsignal(number) is not signal.SIG_IGN:  # nohup means it
+            signal.signal(number, interrupt)
 
 
 def _main() -> int:

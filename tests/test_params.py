@@ -9,8 +9,7 @@ import pytest
 import yaml
 
 from crosshead.activations.survey import LayerChoice
-from crosshead.io.settings import SECTION_NAMES
-from crosshead.params import _CONFIGS, load_params
+from crosshead.params import load_params
 
 ROOT = Path(__file__).resolve().parents[1]
 FILES = [ROOT / "params.yaml", *sorted(ROOT.glob("flows/profiles/*/params.yaml"))]
@@ -182,10 +181,6 @@ def test_a_wrong_value_is_named_with_its_key_and_a_remedy(name: str, tmp_path: P
     message = fault(tmp_path, sections)
     assert expected in message
     assert len(message.splitlines()) == 1
-
-
-def test_sections_are_known_by_the_same_names_to_stages_and_to_the_whole_file():
-    assert {"profile", "dictionaries", "runs", *_CONFIGS} == set(SECTION_NAMES)
 
 
 def test_a_run_may_read_numbered_layers_that_are_harvested(tmp_path: Path, sections: dict):

@@ -26,7 +26,7 @@ from crosshead.analysis.findings import ReportConfig
 from crosshead.analysis.references import ReferenceConfig
 from crosshead.dictionaries.base import ModelDims
 from crosshead.dictionaries.registry import KINDS, build
-from crosshead.io.settings import SECTION_NAMES, misspelt_sections, nearest, parse_section, read_sections
+from crosshead.io.settings import nearest, parse_section, read_sections
 from crosshead.training.fit import TrainingConfig
 from crosshead.training.runs import UNCHOSEN_LAYERS, Run, read_defaults, read_run
 
@@ -85,6 +85,7 @@ _CONFIGS: dict[str, type[BaseModel]] = {
     "report": ReportConfig,
 }
 _SHOWN = 10
+_SECTIONS = ("profile", *_CONFIGS, "dictionaries", "runs")
 # The model is not known yet: no dictionary lies too deep or has too many heads for this one.
 _ANY_MODEL = ModelDims(d_model=1, n_heads=4096, n_kv_heads=4096, head_dim=1, n_layers=2_000_000)
 
@@ -92,8 +93,9 @@ _ANY_MODEL = ModelDims(d_model=1, n_heads=4096, n_kv_heads=4096, head_dim=1, n_l
 def load_params(path: Path | str) -> Params:
     """Read and validate a parameter file. ValueError with one line for every fault."""
     sections = read_sections(path)
-    faults = misspelt_sections(sections, path)
-    faults += [f"{path}: {name} is missing; add it" for name in SECTION_NAMES if name not in sections]
+    faults = [f"{path}: {name} is not a section; {nearest(str(name), _SECTIONS)}"
+              for name in sections if name not in _SECTIONS]  # fmt: skip
+    faults += [f"{path}: {name} is missing; add it" for name in _SECTIONS if name not in sections]
     if "profile" in sections and sections["profile"] not in get_args(Profile):
         known = nearest(str(sections["profile"]), get_args(Profile))
         faults.append(f"{path}: profile = {sections['profile']!r} is not a profile; {known}")

@@ -27,9 +27,37 @@ def test_one_seed_never_decides():
     assert verdict(metrics(), "cross-layer") == "inconclusive"
 
 
-@pytest.mark.parametrize(("factor", "expected"), [(1.1, "supports"), (0.9, "contradicts")])
-def test_three_seeds_and_an_interval_on_one_side_decide_superposition(factor, expected):
-    assert verdict(metrics((0, 1, 2), top1_factor=factor), "superposition") == expected
+def of_penalties(records, factor: float = 1.0):
+    """The MTC sweeps again under the other norms of head loadings."""
+    again = [r for r in records if r["series"] == "mtc"]
+    return [*records, *(
+        r | {"series": series, "run": f"{series}-{r['run']}", "evaluation": r["evaluation"] | {
+            "normalised_mse": factor * r["evaluation"]["normalised_mse"],
+            "context_squared_error": [factor * e for e in r["evaluation"]["context_squared_error"]]}}
+        for series in CONFIG.mtc_penalties for r in again)]  # fmt: skip
+
+
+def superposition(records):
+    document = documents((0, 1, 2)) | {"records": records}
+    found = judge(collect(**document, profile="test", config=CONFIG, inputs={}), CONFIG)
+    return next(f for f in found if f.key == "superposition")
+
+
+def test_superposition_is_supported_only_under_every_norm_of_loadings():
+    records = documents((0, 1, 2))["records"]
+    assert superposition(of_penalties(records)).verdict == "supports"
+    assert "mtc-penalty-l1 was not compared" in superposition(records).reason
+    beaten = superposition(of_penalties(records, factor=1.2))
+    assert beaten.verdict == "inconclusive"
+    assert "mtc-penalty-l1: the whole interval lies above 1" in beaten.reason
+
+
+def test_an_mtc_that_loses_to_top1_or_has_more_features_decides_nothing():
+    lost = superposition(of_penalties(documents((0, 1, 2), top1_factor=0.9)["records"]))
+    assert lost.verdict == "inconclusive"
+    assert "trained badly" in lost.reason
+    larger = [r | {"features": 512} if r["series"] == "mtc" else r for r in documents((0, 1, 2))["records"]]
+    assert "different numbers of features" in superposition(of_penalties(larger)).reason
 
 
 def test_a_two_layer_gap_without_the_matched_controls_stays_inconclusive_and_its_absence_contradicts():
@@ -37,14 +65,20 @@ def test_a_two_layer_gap_without_the_matched_controls_stays_inconclusive_and_its
     assert verdict(metrics((0, 1, 2), both_factor=1.3), "cross-layer") == "contradicts"
 
 
-def test_a_gap_in_the_control_leaves_the_comparison_undecided():
+def test_an_input_that_is_no_metrics_file_is_refused():
+    with pytest.raises(ValueError, match=r"the input 'old' is no metrics\.json of schema"):
+        collect(**documents(), profile="test", config=CONFIG, inputs={"old": {"frontier": []}})
+
+
+@pytest.mark.parametrize("factor", [0.8, 1.2])
+def test_a_gap_in_the_control_leaves_the_comparison_undecided(factor):
     document = documents((0, 1, 2), both_factor=1.3)
     for record in document["records"]:
         if record["series"] == "value-both-control":
             record["evaluation"]["context_squared_error"] = [
-                0.8 * error for error in record["evaluation"]["context_squared_error"]
+                factor * error for error in record["evaluation"]["context_squared_error"]
             ]
-            record["evaluation"]["normalised_mse"] *= 0.8
+            record["evaluation"]["normalised_mse"] *= factor
     found = collect(**document, profile="test", config=CONFIG, inputs={})
     finding = next(f for f in judge(found, CONFIG) if f.key == "cross-layer")
     assert finding.verdict == "inconclusive"

@@ -8,6 +8,7 @@ from crosshead.dictionaries.registry import build, config_class
 
 CASES = {
     "attn_out_sae": {"kind": "attn_out_sae", "layers": [1]},
+    "attn_out_sae-heads": {"kind": "attn_out_sae", "layers": [1], "per_head": True},
     "value_sae": {"kind": "value_sae", "layers": [0, 1]},
     "mtc": {"kind": "mtc", "layers": [1], "target": "resid_out"},
 }
@@ -16,7 +17,9 @@ CASES = {
 def setup(kind: str, model):
     tokens = torch.randint(1, 250, (6, 16), generator=torch.Generator().manual_seed(0))
     tokens[:, 0] = 0
-    config = config_class(kind).model_validate(CASES[kind] | {"features": 16, "sparsity": {"kind": "topk", "k": 4}})
+    config = config_class(CASES[kind]["kind"]).model_validate(
+        CASES[kind] | {"features": 16, "sparsity": {"kind": "topk", "k": 4}}
+    )
     module = build(config, model.dims)
     sites = (*module.sites, *module.start_sites)
     mask = torch.ones(2, 16, dtype=torch.bool)

@@ -241,15 +241,16 @@ def _main() -> int:
     if options.undisturbed:
         lock = yaml.safe_load((home(options.undisturbed, options.profile) / "dvc.lock").read_text())
         durations = {stage: TRAINING_SECONDS for stage in lock["stages"] if stage.startswith("train@")}
-        hashes = [sha256_of_metrics(options.undisturbed, options.profile)]
+        undisturbed: Path = options.undisturbed
     else:
-        alone = Findings(copy_of_work_tree(directory / "undisturbed"), options.profile)
-        hashes = [finished(alone, "undisturbed")]
+        undisturbed = copy_of_work_tree(directory / "undisturbed")
+        alone = Findings(undisturbed, options.profile)
+        finished(alone, "undisturbed")
         durations = {stage: end - begin for stage, (begin, end) in alone.spans.items() if stage != "end"}
-    print(f"undisturbed: sha256 of metrics.json is {hashes[0]}", flush=True)
     three_kills(copy_of_work_tree(directory / "killed"), options.profile, random.Random(options.seed), durations)
-    hashes.append(finished(Findings(directory / "killed", options.profile), "killed"))
-    print(f"killed: sha256 of metrics.json is {hashes[1]}", flush=True)
+    killed = finished(Findings(directory / "killed", options.profile), "killed")
+    hashes = sha256_of_metrics(undisturbed, options.profile), killed
+    print("sha256 of metrics.json, undisturbed and killed: {}, {}".format(*hashes), flush=True)
     print("equal" if hashes[0] == hashes[1] else "DIFFERENT", f"(seed {options.seed}, copies in {directory})")
     return 0 if hashes[0] == hashes[1] else 1
 

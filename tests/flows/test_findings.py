@@ -1,6 +1,7 @@
 """The parent flow on a cheap pipeline of its own: DVC must not notice who ran its stages."""
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -11,6 +12,7 @@ import pytest
 pytest.importorskip("prefect")
 from prefect import flow, task
 from prefect.client.orchestration import get_client
+from prefect.settings import PREFECT_API_URL
 from prefect.states import Failed, Running
 from prefect.task_runners import ThreadPoolTaskRunner
 from prefect.testing.utilities import prefect_test_harness
@@ -19,9 +21,11 @@ from flows import _prefect
 from flows import findings as parent
 from flows._tracking import open_client
 
+ROOT = Path(__file__).resolve().parents[2]
 STAGE = """
-import json, pathlib, sys, time
+import json, os, pathlib, sys, time
 name, seconds = sys.argv[1], float(sys.argv[2])
+pathlib.Path("pid-" + name).write_text(str(os.getpid()))
 begin = time.time()
 time.sleep(seconds)
 out = pathlib.Path("data", name)
@@ -129,6 +133,28 @@ def test_a_stage_with_wrong_parameters_is_tried_once(repository: Path):
     with pytest.raises(parent.StageFailedError, match="source failed; 4 stages that need them were not run"):
         run(workers=1)
     assert Path("tries-source").read_text() == "x"
+
+
+def test_sigterm_ends_flow_dvc_and_stage_and_says_so_once(repository: Path):
+    Path("dvc.yaml").write_text(PIPELINE.replace("${item} 4", "${item} 60"))
+    environment = os.environ | {"PREFECT_API_URL": PREFECT_API_URL.value(), "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen([sys.executable, "-m", "flows.findings"], env=environment, stdout=subprocess.PIPE,
+                               stderr=subprocess.STDOUT, text=True)  # fmt: skip
+    deadline = time.monotonic() + 90
+    while not Path("pid-a").exists() and not Path("pid-b").exists() and not Path("pid-c").exists():
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    stage = next(path for path in (Path(f"pid-{name}") for name in "abc") if path.exists())
+    time.sleep(0.5)
+    begin = time.monotonic()
+    process.terminate()
+    output = process.communicate(timeout=50)[0]
+    assert process.returncode == 130
+    assert time.monotonic() - begin < 40, "the stage was waited for"
+    assert output.count("interrupted; run the same command to go on") == 1
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(stage.read_text()), 0)
 
 
 @pytest.mark.parametrize(

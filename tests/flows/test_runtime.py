@@ -86,7 +86,6 @@ def test_what_the_machine_may_mend_exits_with_1_and_what_is_wrong_with_2(params:
 @pytest.mark.parametrize(
     ("sections", "said"),
     [
-        ({"trainnig": {}}, "trainnig is not a section; did you mean 'training'?"),
         ({"profile": 3}, "profile = 3 is no name"),
         ({"paths": "data"}, "paths = 'data': data must be a path in a mapping"),
         ({"paths": {"data": "data"}}, "reports must be a path in a mapping"),

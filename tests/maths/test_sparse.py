@@ -104,3 +104,25 @@ def test_float32_gradients_agree_to_1e_5():
     oracle = torch.autograd.grad((out * upstream.double()).sum(), (x64, w64, b64, l64, d64))
     for a, b in zip(ours, oracle, strict=True):
         assert (a.double() - b).norm() <= 1e-5 * b.norm()
+
+
+@pytest.mark.parametrize("density", [0.0, 0.2, 1.0])
+def test_moves_left_out_change_no_bit_where_their_loadings_are_zero(density):
+    generator = torch.Generator().manual_seed(3)
+    dense = torch.rand(11, 7, generator=generator) * (torch.rand(11, 7, generator=generator) < density)
+    movers = torch.rand(4, 7, generator=generator) < 0.4
+    loadings = torch.randn(4, 7, generator=generator) * movers
+    decoder, upstream = torch.randn(7, 5, generator=generator), torch.randn(4, 11, 5, generator=generator)
+
+    def outcome(chosen):
+        codes = SparseCodes.from_dense(dense)
+        leaves = [t.clone().requires_grad_() for t in (codes.values, loadings, decoder)]
+        moved = moved_decode(codes.with_values(leaves[0]), leaves[1], leaves[2], chosen)
+        return moved, torch.autograd.grad((moved * upstream).sum(), leaves)
+
+    moved, (values, own, rows) = outcome(movers)
+    all_moved, (all_values, all_own, all_rows) = outcome(None)
+    assert torch.equal(moved, all_moved)
+    assert torch.equal(values, all_values)
+    assert torch.equal(rows, all_rows)
+    assert torch.equal(own, all_own * movers), "loadings of moves left out have no gradient"

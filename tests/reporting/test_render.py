@@ -2,7 +2,7 @@ import re
 
 import pytest
 
-from crosshead.analysis.findings import ReportConfig, collect, judge
+from crosshead.analysis.findings import SCHEMA, ReportConfig, collect, judge
 from crosshead.reporting import figures
 from crosshead.reporting.render import render_html, render_markdown
 from tests.analysis.records import documents
@@ -12,7 +12,7 @@ CONFIG = ReportConfig()
 
 @pytest.fixture(scope="module")
 def report(tmp_path_factory):
-    inputs = {"gpu": {"profile": "gpu", "frontier": [], "comparisons": {}}}
+    inputs = {"gpu": {"schema": SCHEMA, "profile": "gpu", "frontier": [], "comparisons": {}}}
     metrics = collect(**documents(), profile="test", config=CONFIG, inputs=inputs)
     directory = tmp_path_factory.mktemp("figures")
     draw(metrics, directory)

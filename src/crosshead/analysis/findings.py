@@ -24,7 +24,7 @@ Verdict = Literal["supports", "contradicts", "inconclusive"]
 _SEEDS_TO_DECIDE = 3
 _SPARSITIES_TO_DECIDE = 4
 _LEVELS = (30, 60, 100, 160, 190)
-_NO_GAP = 0.98  # a control within 2% of 1 shows no gap
+_NO_GAP = 0.02  # a control within 2% of 1 shows no gap
 _FLAT = (
     "run", "series", "architecture", "layers", "target", "features", "heads_per_feature", "sparsity", "sparsity_value",
     "seed", "control", "l0", "normalised_mse", "ce_recovered", "ce_recovered_zero", "dead_fraction", "n_tokens",
@@ -41,6 +41,8 @@ class ReportConfig(BaseModel):
     """Series of the multitoken transcoder's frontier."""
     top1: str = "top1"
     """Series of its single-head baseline."""
+    mtc_penalties: tuple[str, ...] = ("mtc-penalty-l1", "mtc-penalty-l2")
+    """Series of the multitoken transcoder under the other norms of head loadings: a verdict must hold under all."""
     mtc_l1: str = "mtc-l1"
     """Series of the multitoken transcoder in the source's L1 form."""
     attention_output: str = "attn-out-sae"
@@ -105,9 +107,17 @@ def collect(
         "cluster_agreement": clusters["agreement"],
         "cluster_features": clusters["n_features"],
         "audit": audit,
-        "inputs": {label: {"profile": other["profile"], "frontier": other["frontier"],
-                           "comparisons": other["comparisons"]} for label, other in inputs.items()},
-    }  # fmt: skip
+        "inputs": {label: _labelled(label, other) for label, other in inputs.items()},
+    }
+
+
+def _labelled(label: str, other: Any) -> Record:
+    """What the report shows of another profile's metrics.json. ValueError when the file is none."""
+    keys = ("profile", "frontier", "comparisons")
+    if not isinstance(other, dict) or other.get("schema") != SCHEMA or any(key not in other for key in keys):
+        raise ValueError(f"the input {label!r} is no metrics.json of schema {SCHEMA}; run that profile with this version, or "
+                         "take the file out of the inputs directory")  # fmt: skip
+    return {key: other[key] for key in keys}
 
 
 def _by_series(records: Sequence[Record]) -> dict[str, list[Record]]:
@@ -139,10 +149,11 @@ def _matched(series: Mapping[str, list[Record]], references: Record, config: Rep
 
 def _comparisons(series: Mapping[str, list[Record]], config: ReportConfig) -> Record:
     found: Record = {}
-    if {config.mtc, config.top1} <= series.keys():
-        found["mtc_over_top1"] = _seeded(
-            compare_series(series[config.mtc], series[config.top1]), series[config.mtc], series[config.top1]
-        )
+    for name in (config.mtc, *config.mtc_penalties):
+        if {name, config.top1} <= series.keys():
+            key = "mtc_over_top1" if name == config.mtc else f"{name}_over_top1"
+            comparison = compare_series(series[name], series[config.top1])
+            found[key] = _seeded(comparison, series[name], series[config.top1])
     one, other = config.one_layer
     for name in (*config.two_layer, config.two_layer_control):
         if {name, one, other} <= series.keys():
@@ -167,7 +178,7 @@ def _seeded(comparison: Comparison, *sweeps: Sequence[Record]) -> Record:
 def judge(metrics: Record, config: ReportConfig) -> list[Finding]:
     """Findings in the order of the report. Claims whose runs are missing are left out."""
     found = [
-        _superposition_finding(metrics),
+        _superposition_finding(metrics, config),
         _heads_finding(metrics, config),
         _identity_finding(metrics),
         _cross_layer_finding(metrics, config),
@@ -229,11 +240,29 @@ def _budget(comparison: Record) -> str:
     return f"{equal}, {'equal' if comparison['equal_tokens'] else 'UNEQUAL'} tokens"
 
 
-def _superposition_finding(metrics: Record) -> Finding | None:
+def _decide_superposition(comparison: Record, penalties: Mapping[str, Record | None]) -> tuple[Verdict, str]:
+    """As ``_decide``, but a smaller error must hold under every norm of loadings, and a larger one decides nothing."""
+    verdict, reason = _decide(comparison)
+    if verdict == "inconclusive":
+        return verdict, reason
+    if len({tuple(features) for features in comparison["features"]}) > 1:
+        return "inconclusive", "the sweeps have different numbers of features"
+    if verdict == "contradicts":
+        return "inconclusive", "an MTC can be any Top-1 MTC, so one that loses was trained badly: find out why first"
+    for name, other in penalties.items():
+        if other is None:
+            return "inconclusive", f"{name} was not compared; the rule asks for every norm of head loadings"
+        if (found := _decide(other))[0] != "supports":
+            return "inconclusive", f"{name}: {found[1]}"
+    return "supports", f"{reason}, under every norm of head loadings"
+
+
+def _superposition_finding(metrics: Record, config: ReportConfig) -> Finding | None:
     comparison = metrics["comparisons"].get("mtc_over_top1")
     if comparison is None:
         return None
-    verdict, reason = _decide(comparison)
+    penalties = {name: metrics["comparisons"].get(f"{name}_over_top1") for name in config.mtc_penalties}
+    verdict, reason = _decide_superposition(comparison, penalties)
     return Finding(
         key="superposition",
         claim="Binding every MTC feature to a single attention head (Top-1) makes the reconstruction worse, which "
@@ -242,9 +271,10 @@ def _superposition_finding(metrics: Record) -> Finding | None:
         control=f"Top-1 from the same start with the same learning rates, {_budget(comparison)}; the linear Top-1 reference "
         "is drawn.",
         verdict=verdict,
-        reason=f"Supports when the interval of the ratio lies below 1 with {_SEEDS_TO_DECIDE} seeds or more: {reason}.",
+        reason=f"Supports when the interval of the ratio lies below 1 with {_SEEDS_TO_DECIDE} seeds or more, at equal tokens and "
+        f"features, under every norm of head loadings: {reason}.",
         picture="mtc_frontier.png",
-        commands="dvc repro report",
+        commands=_commands(metrics, "report"),
     )
 
 
@@ -272,7 +302,7 @@ def _heads_finding(metrics: Record, config: ReportConfig) -> Finding | None:
         reason="The number of heads depends on the penalty on loadings; the rule asks for gram, l1 and l2 to agree, and "
         "for a planted one-head null.",
         picture="mtc_frontier.png",
-        commands="dvc repro report",
+        commands=_commands(metrics, "report"),
     )
 
 
@@ -292,8 +322,8 @@ def _identity_finding(metrics: Record) -> Finding | None:
     own = [r for r in metrics["frontier"]
            if r["architecture"] == "mtc" and r["target"] == "attn_out" and r["heads_per_feature"] == "all"
            and r["sparsity"] == row["sparsity"]]  # fmt: skip
-    control = f"attention-output target at the same sparsity: {own[0]['superposition']['identity_share']:.1%}" if own \
-        else "none run"  # fmt: skip
+    shares = [r["superposition"]["identity_share"] for r in own if r["superposition"] is not None]
+    control = f"attention-output target at the same sparsity: {shares[0]:.1%}" if shares else "none run"
     return Finding(
         key="identity",
         claim="With the residual stream as target, an identity head lets the MTC fuse attention with MLP-like work.",
@@ -304,7 +334,7 @@ def _identity_finding(metrics: Record) -> Finding | None:
         verdict="inconclusive",
         reason="A share says that the identity is used, not that the fused operation is simpler; no rule yet.",
         picture=None,
-        commands=f"dvc repro train@{row['run']} report",
+        commands=_commands(metrics, f"train@{row['run']}", "report"),
     )
 
 
@@ -322,13 +352,13 @@ def _cross_layer_finding(metrics: Record, config: ReportConfig) -> Finding | Non
             "inconclusive",
             "the gap may be shared input: controls (ii) and (iii) are not among these runs",
         )
-    if control is not None and control["interval"] is not None and control["interval"][1] < _NO_GAP:
+    if control is None or control["interval"] is None:
+        verdict, reason = "inconclusive", "the control was not compared"
+    elif control["interval"][1] < 1 - _NO_GAP or control["interval"][0] > 1 + _NO_GAP:
         verdict, reason = (
             "inconclusive",
-            (
-                "the control, where no gap may remain, shows one of its own: L0 falls whenever features are shared, so "
-                "read the objective beside it, which adds up over layers that share nothing"
-            ),
+            "the control, where no gap may remain, shows one of its own: L0 falls whenever features are shared, so "
+            "read the objective beside it, which adds up over layers that share nothing",
         )
     return Finding(
         key="cross-layer",
@@ -342,7 +372,7 @@ def _cross_layer_finding(metrics: Record, config: ReportConfig) -> Finding | Non
         reason=f"Supports only when the gap also beats rows matched by token and values recomputed from the first layer's "
         f"input: {reason}.",
         picture="value_frontier.png",
-        commands="dvc repro report",
+        commands=_commands(metrics, "report"),
     )
 
 
@@ -359,15 +389,25 @@ def _attention_output_finding(metrics: Record, config: ReportConfig) -> Finding 
         "than MTC features, which also have a key side and fixed heads.",
         figure=f"{at['run']}: normalised MSE {at['normalised_mse']:.4f} at L0 {at['l0']:.0f} (query side), "
         f"{at['dead_fraction']:.0%} of features dead on {at['n_tokens']:,} held-out tokens, cross-entropy recovered "
-        f"{at['ce_recovered']:.2f} ({at['n_tokens_spliced']:,} tokens).",
+        f"{_share(at['ce_recovered'])} ({at['n_tokens_spliced']:,} tokens).",
         control=f"{near['run']}, which predicts the same output from the layer's input: {near['normalised_mse']:.4f} at L0 "
-        f"{near['l0']:.0f} (key side), {near['dead_fraction']:.0%} dead, {near['ce_recovered']:.2f} recovered.",
+        f"{near['l0']:.0f} (key side), {near['dead_fraction']:.0%} dead, {_share(near['ce_recovered'])} recovered.",
         verdict="inconclusive",
         reason="The claim is about what features mean, and features are not labelled in this profile; L0s of different "
         "sides are not comparable.",
         picture="attention_output_frontier.png",
-        commands="dvc repro report",
+        commands=_commands(metrics, "report"),
     )
+
+
+def _commands(metrics: Record, *stages: str) -> str:
+    profile = metrics["profile"]
+    pipeline = "" if profile == "laptop" else f"flows/profiles/{profile}/dvc.yaml:"
+    return " ".join(["dvc repro", *(f"{pipeline}{stage}" for stage in stages)])
+
+
+def _share(value: float | None) -> str:
+    return "unknown" if value is None else f"{value:.2f}"
 
 
 def _power_law_findings(metrics: Record) -> list[Finding]:
@@ -398,7 +438,7 @@ def _power_law_finding(metrics: Record, source: str) -> Finding:
         reason="One trained dictionary never decides. The rule asks for three training seeds, three values of k with 1,000 "
         "bootstraps each, and data and nulls that differ; it says nothing of OV dimensions, which are not measured here.",
         picture=f"clusters_{source}.png",
-        commands="dvc repro cluster report",
+        commands=_commands(metrics, "cluster", "report"),
     )
 
 

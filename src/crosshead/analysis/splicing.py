@@ -53,8 +53,8 @@ def cross_entropy_recovered(module: Dictionary, model: LanguageModel, batches: I
         variants: dict[str, dict[Site, Tensor]] = {
             "spliced": module.denormalise(prediction),
             "mean": module.denormalise(torch.zeros_like(prediction)),
-            "zero": {site: torch.zeros_like(batch[site]) for site in module.target_sites},
         }
+        variants["zero"] = {site: torch.zeros_like(mean) for site, mean in variants["mean"].items()}
         predicted = batch.mask[:, :-1]
         logits, prefix = run_with_prefix(model, batch.tokens, lowest)
         reference = _log_probabilities(logits)

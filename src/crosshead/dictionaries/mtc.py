@@ -162,18 +162,25 @@ class Module(Dictionary):
         The others fade out over the first ``selection_fraction`` of training and are zero, value and gradient, from
         then on. While they fade the choice is open: a mover that grows past the weakest kept one takes its place.
         """
-        loadings, movers = self.loadings, len(self.loadings)
-        wanted = self.config.heads_per_feature
+        kept, left = self._kept_movers(), self._unkept_share(progress)
+        if kept is None:
+            return self.loadings
+        ones = kept.to(self.loadings.dtype)
+        return self.loadings * (ones + (1 - ones) * left)
+
+    def _kept_movers(self) -> Bool[Tensor, "M F"] | None:
+        """Each feature's largest movers, or those drawn at the start; None where it keeps all."""
+        wanted, kept = self.config.heads_per_feature, torch.ones_like(self.loadings, dtype=torch.bool)
         if wanted == "all":
-            return loadings
+            return None
         if self.config.assignment == "fixed":
-            kept = torch.zeros_like(loadings, dtype=torch.bool)
-            kept[self.fixed_movers, torch.arange(self.config.features, device=loadings.device)] = True
-            return loadings * kept
-        weakest = loadings.detach().abs().topk(movers - wanted, dim=0, largest=False, sorted=False).indices
-        kept = torch.ones_like(loadings).scatter(0, weakest, 0.0)
-        left = max(0.0, 1.0 - progress / self.config.selection_fraction)
-        return loadings * (kept + (1 - kept) * left)
+            return ~kept.scatter(0, self.fixed_movers[None], False)
+        weakest = self.loadings.detach().abs().topk(len(kept) - wanted, dim=0, largest=False, sorted=False).indices
+        return kept.scatter(0, weakest, False)
+
+    def _unkept_share(self, progress: float) -> float:
+        """What is left of the movers that are not kept."""
+        return 0.0 if self.config.assignment == "fixed" else max(0.0, 1.0 - progress / self.config.selection_fraction)
 
     def feature_norms(self, progress: float = 1.0) -> Float[Tensor, " F"]:
         loadings = self.effective_loadings(progress)
@@ -191,7 +198,9 @@ class Module(Dictionary):
         return self.encoder(self.inputs(batch), batch.mask.flatten(), norms, progress)
 
     def decode(self, codes: SparseCodes, batch: Batch, progress: float = 1.0) -> Float[Tensor, "B T D"]:
-        moved = moved_decode(codes, self.effective_loadings(progress), self.decoder)
+        # Movers that have faded out entirely need not be computed.
+        movers = self._kept_movers() if self._unkept_share(progress) == 0.0 else None
+        moved = moved_decode(codes, self.effective_loadings(progress), self.decoder, movers)
         pattern = batch[Site(self.layer, "pattern")].to(self.decoder.dtype)
         n_contexts, n_positions = batch.mask.shape
         moved_MBTD = moved.view(len(moved), n_contexts, n_positions, -1)

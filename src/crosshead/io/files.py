@@ -21,6 +21,7 @@ __all__ = [
     "atomic_directory",
     "atomic_path",
     "fingerprint",
+    "process_lives",
     "read_json",
     "recover_directory",
     "sha256_file",
@@ -55,6 +56,8 @@ def atomic_path(path: Path | str) -> Iterator[Path]:
 @contextmanager
 def atomic_directory(path: Path | str) -> Iterator[Path]:
     """Yield a temporary directory beside ``path``; on success fsync it and let it take the place of ``path``.
+
+    For one writer of ``path`` at a time.
 
     On any error the temporary directory is removed and an existing ``path`` stays as it was. A process killed at any
     point leaves the earlier or the new contents, whole, for ``recover_directory``. OSError for a full disk names
@@ -106,12 +109,13 @@ def _temporary(path: Path) -> Path:
     """The temporary name of this process for ``path``; what dead processes left under theirs is removed."""
     for stale in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
         pid = stale.name.removeprefix(f".{path.name}.").removesuffix(".tmp")
-        if pid.isdecimal() and not _alive(int(pid)):
+        if pid.isdecimal() and not process_lives(int(pid)):
             _remove(stale)
     return path.with_name(f".{path.name}.{os.getpid()}.tmp")
 
 
-def _alive(pid: int) -> bool:
+def process_lives(pid: int) -> bool:
+    """Whether a process of this host has this number."""
     try:
         os.kill(pid, 0)
     except (ProcessLookupError, OverflowError):

@@ -10,13 +10,9 @@ from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
 import yaml
 from pydantic import BaseModel, ValidationError
 
-__all__ = ["SECTION_NAMES", "misspelt_sections", "nearest", "parse_section", "read_sections"]
+__all__ = ["nearest", "parse_section", "read_sections"]
 
 Section = TypeVar("Section", bound=BaseModel)
-
-SECTION_NAMES = ("profile", "paths", "machine", "model", "corpus", "survey", "harvest", "training", "evaluation",
-                 "references", "clusters", "report", "dictionaries", "runs")  # fmt: skip
-"""What a parameter file may hold. A stage knows its own sections only, yet refuses a misspelt one."""
 
 
 def read_sections(path: Path | str) -> dict[str, Any]:
@@ -30,12 +26,6 @@ def read_sections(path: Path | str) -> dict[str, Any]:
     if not isinstance(sections, dict):
         raise ValueError(f"{path} holds {type(sections).__name__}, expected sections such as 'model:' and 'runs:'")
     return sections
-
-
-def misspelt_sections(sections: Mapping[str, Any], source: Path | str) -> list[str]:
-    """One sentence for every section that no stage knows."""
-    return [f"{source}: {name} is not a section; {nearest(str(name), SECTION_NAMES)}"
-            for name in sections if name not in SECTION_NAMES]  # fmt: skip
 
 
 def parse_section(config: type[Section], value: Any, key: str, source: Path | str) -> Section:

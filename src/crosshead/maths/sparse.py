@@ -10,7 +10,7 @@ needs one column sum instead of a dense product.
 
 import warnings
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -135,61 +135,104 @@ def preactivation_sums(
 
 
 class _MovedDecode(torch.autograd.Function):
-    """out[m, n] = sum over non-zeros j of row n of loadings[m, column_j] * values_j * decoder[column_j]."""
+    """out[m, n] = sum over non-zeros j of row n of loadings[m, column_j] * values_j * decoder[column_j].
+
+    A *move* is a pair (m, j). ``movers`` [M, F] says which heads move a feature at all; other moves cost nothing, and
+    their loadings get no gradient. Leaving out moves whose loading is zero changes no bit of any sum.
+    """
 
     @staticmethod
-    def forward(ctx: Any, values: Tensor, loadings: Tensor, decoder: Tensor, structure: SparseCodes) -> Tensor:
+    def forward(
+        ctx: Any, values: Tensor, loadings: Tensor, decoder: Tensor, structure: SparseCodes, movers: Tensor | None
+    ) -> Tensor:
         s = structure
-        n_moved = len(loadings)
+        moves = _moves(s, len(loadings), movers)
         ctx.save_for_backward(values, loadings, decoder)
-        ctx.structure = s
-        weights_MZ = loadings[:, s.columns] * values
-        starts = torch.arange(n_moved, device=values.device) * len(s.columns)
-        offsets = torch.cat([(starts[:, None] + s.row_offsets[:-1]).flatten(), s.row_offsets[-1:] * n_moved])
-        moved = _bag(s.columns.repeat(n_moved), weights_MZ.flatten(), offsets, decoder)
-        return moved.view(n_moved, s.n_rows, -1)
+        ctx.structure, ctx.movers, ctx.moves = s, movers, moves
+        weights = loadings[moves.heads, s.columns[moves.entries]] * values[moves.entries]
+        moved = _bag(s.columns[moves.entries], weights, moves.offsets, decoder)
+        return moved.view(len(loadings), s.n_rows, -1)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         grad_MND = gradients[0].contiguous()
         values, loadings, decoder = ctx.saved_tensors
         s: SparseCodes = ctx.structure
-        products_MZ = _sampled_products(grad_MND, decoder, s)
-        grad_values = (products_MZ * loadings[:, s.columns]).sum(0)
-        grad_loadings = torch.zeros_like(loadings).index_add_(1, s.columns, products_MZ * values)
+        moves: _Moves = ctx.moves
+        columns = s.columns[moves.entries]
+        products = _sampled_products(grad_MND, decoder, s, moves)
+        pulls = products * loadings[moves.heads, columns]
+        if ctx.movers is None:
+            grad_values = pulls.view(len(loadings), -1).sum(0)
+        else:
+            grad_values = torch.zeros_like(values).index_add_(0, moves.entries, pulls)
+        places = moves.heads * s.n_features + columns
+        grad_loadings = torch.zeros_like(loadings).view(-1).index_add_(0, places, products * values[moves.entries])
 
-        order, column_offsets = s.by_column
-        n_moved = len(loadings)
-        moved_rows = torch.arange(n_moved, device=values.device) * s.n_rows
-        indices = (s.rows[order][:, None] + moved_rows).flatten()
-        weights = (loadings[:, s.columns[order]] * values[order]).T.flatten()
-        grad_decoder = _bag(indices, weights, column_offsets * n_moved, grad_MND.flatten(0, 1))
-        return grad_values, grad_loadings, grad_decoder, None
+        by_column = _moves_by_column(s, len(loadings), ctx.movers)
+        indices = s.rows[by_column.entries] + by_column.heads * s.n_rows
+        weights = loadings[by_column.heads, s.columns[by_column.entries]] * values[by_column.entries]
+        grad_decoder = _bag(indices, weights, by_column.offsets, grad_MND.flatten(0, 1))
+        return grad_values, grad_loadings.view_as(loadings), grad_decoder, None, None
 
 
-def _sampled_products(grad_MND: Tensor, decoder: Tensor, s: SparseCodes) -> Tensor:
-    """Products grad[m, row_j] . decoder[column_j] at the non-zeros only, [M, Z]."""
-    n_moved, n_nonzero = len(grad_MND), len(s.columns)
-    if not n_nonzero:
-        return grad_MND.new_zeros(n_moved, 0)
-    starts = torch.arange(n_moved, device=grad_MND.device) * n_nonzero
-    offsets = torch.cat([(starts[:, None] + s.row_offsets[:-1]).flatten(), s.row_offsets[-1:] * n_moved])
+class _Moves(NamedTuple):
+    """Pairs of a head and a non-zero, and where each bag of them begins."""
+
+    heads: Int[Tensor, " moves"]
+    entries: Int[Tensor, " moves"]
+    offsets: Int[Tensor, " bags+1"]
+
+
+def _moves(s: SparseCodes, n_heads: int, movers: Tensor | None) -> _Moves:
+    """Moves by head, then row: one bag for every (head, row)."""
+    device, n_nonzero = s.columns.device, len(s.columns)
+    if movers is None:
+        heads = torch.arange(n_heads, device=device).repeat_interleave(n_nonzero)
+        entries = torch.arange(n_nonzero, device=device).repeat(n_heads)
+        starts = torch.arange(n_heads, device=device) * n_nonzero
+        offsets = torch.cat([(starts[:, None] + s.row_offsets[:-1]).flatten(), s.row_offsets[-1:] * n_heads])
+        return _Moves(heads, entries, offsets)
+    heads, entries = torch.nonzero(movers[:, s.columns], as_tuple=True)
+    return _Moves(heads, entries, _offsets(heads * s.n_rows + s.rows[entries], n_heads * s.n_rows))
+
+
+def _moves_by_column(s: SparseCodes, n_heads: int, movers: Tensor | None) -> _Moves:
+    """Moves by feature, then row, then head: one bag for every feature."""
+    order, column_offsets = s.by_column
+    if movers is None:
+        heads = torch.arange(n_heads, device=order.device).repeat(len(order))
+        return _Moves(heads, order.repeat_interleave(n_heads), column_offsets * n_heads)
+    places, heads = torch.nonzero(movers.T[s.columns[order]], as_tuple=True)
+    entries = order[places]
+    return _Moves(heads, entries, _offsets(s.columns[entries], s.n_features))
+
+
+def _sampled_products(grad_MND: Tensor, decoder: Tensor, s: SparseCodes, moves: _Moves) -> Tensor:
+    """Products grad[m, row_j] . decoder[column_j] of the moves only."""
+    if not len(moves.entries):
+        return grad_MND.new_zeros(0)
     pattern = torch.sparse_csr_tensor(
-        offsets,
-        s.columns.repeat(n_moved),
-        grad_MND.new_zeros(n_moved * n_nonzero),
-        size=(n_moved * s.n_rows, s.n_features),
+        moves.offsets,
+        s.columns[moves.entries],
+        grad_MND.new_zeros(len(moves.entries)),
+        size=(len(grad_MND) * s.n_rows, s.n_features),
         check_invariants=False,
     )
-    sampled = torch.sparse.sampled_addmm(pattern, grad_MND.flatten(0, 1), decoder.T, beta=0.0)
-    return sampled.values().view(n_moved, n_nonzero)
+    return torch.sparse.sampled_addmm(pattern, grad_MND.flatten(0, 1), decoder.T, beta=0.0).values()
 
 
 def moved_decode(
-    codes: SparseCodes, loadings: Float[Tensor, "M F"], decoder: Float[Tensor, "F D"]
+    codes: SparseCodes,
+    loadings: Float[Tensor, "M F"],
+    decoder: Float[Tensor, "F D"],
+    movers: Bool[Tensor, "M F"] | None = None,
 ) -> Float[Tensor, "M N D"]:
-    """Decode M copies of the codes, copy m with every feature scaled by its loading on head m."""
-    return _MovedDecode.apply(codes.values, loadings, decoder, codes)
+    """Decode M copies of the codes, copy m with every feature scaled by its loading on head m.
+
+    ``movers`` (all by default): only these loadings are used and get a gradient; the price falls with their number.
+    """
+    return _MovedDecode.apply(codes.values, loadings, decoder, codes, movers)
 
 
 def decode(codes: SparseCodes, decoder: Float[Tensor, "F D"]) -> Float[Tensor, "N D"]:

@@ -51,7 +51,9 @@ def _draw(axes: Axes, points: Sequence[tuple[float, float]], label: str, index: 
 
 
 def _points(frontier: Sequence[Record], series: str) -> list[tuple[float, float]]:
-    return [(r["l0"], r["normalised_mse"]) for r in frontier if r["series"] == series]
+    """The sweep of a series' lowest seed: other seeds are in the tables, and a line through all would zigzag."""
+    rows = [r for r in frontier if r["series"] == series]
+    return [(r["l0"], r["normalised_mse"]) for r in rows if r["seed"] == min(other["seed"] for other in rows)]
 
 
 def head_map(survey: Sequence[Record], layers: Mapping[str, int], path: Path) -> None:

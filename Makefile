@@ -11,6 +11,7 @@ VENV := .venv
 STAMP := $(VENV)/.installed
 HOME_OF := $(if $(filter laptop,$(PROFILE)),.,flows/profiles/$(PROFILE))
 PIPELINE := $(patsubst ./%,%,$(HOME_OF)/dvc.yaml)
+REPORTS := $(if $(filter laptop,$(PROFILE)),reports,reports/$(PROFILE))
 PARAMS := $(patsubst ./%,%,$(HOME_OF)/params.yaml)
 
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
@@ -39,6 +40,7 @@ findings: $(STAMP) ## model, corpus, activations, trainings, evaluation, report 
 	@test -f $(PIPELINE) || { echo "PROFILE=$(PROFILE) is unknown; choose laptop, smoke, evidence or gpu"; exit 2; }
 	@python -m crosshead.params $(PARAMS)
 	@dvc repro $(PIPELINE)
+	@echo "findings: $(REPORTS)/findings.html"
 
 test: $(STAMP) ## all tests
 	@python -m pytest $(PYTEST_ARGS)

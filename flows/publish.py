@@ -84,9 +84,14 @@ def _main() -> int:
     parser = argparse.ArgumentParser(prog="python -m flows.publish", description=__doc__)
     parser.add_argument("--params", type=Path, default=Path("params.yaml"), help="the profile's parameter file")
     try:
-        logged = publish(load_params(parser.parse_args().params))
+        params = load_params(parser.parse_args().params)
+        logged = publish(params)
     except (ValueError, OSError) as error:
         print(f"publish: {error}", file=sys.stderr)
+        return 2
+    if not any(Path(params.paths.reports, "runs", f"{run}.json").exists() for run in params.runs):
+        print(f"publish: {params.paths.reports}/runs holds no report of the {params.profile} profile; run "
+              f"make findings PROFILE={params.profile} first", file=sys.stderr)  # fmt: skip
         return 2
     print(f"logged {len(logged)} runs" + (f": {', '.join(logged)}" if logged else "; MLflow has them all"))
     return 0

@@ -287,7 +287,7 @@ def _heads_finding(metrics: Record, config: ReportConfig) -> Finding | None:
     at = min(mtc, key=lambda r: abs(r["l0"] - 60))
     same = min(top1, key=lambda r: abs(r["l0"] - at["l0"]))
     few = [r for r in rows if r["heads_per_feature"] not in ("all", 1) and abs(r["l0"] - at["l0"]) < 0.25 * at["l0"]]
-    dose = "; ".join(f"{r['heads_per_feature']} heads: {r['normalised_mse']:.4f} at L0 {r['l0']:.0f}"
+    dose = "; ".join(f"{r['heads_per_feature']}: {r['normalised_mse']:.4f} at L0 {r['l0']:.0f}"
                      for r in sorted([*few, same], key=lambda r: r["heads_per_feature"]))  # fmt: skip
     s = at["superposition"]
     return Finding(
@@ -295,8 +295,8 @@ def _heads_finding(metrics: Record, config: ReportConfig) -> Finding | None:
         claim="Features of an MTC use more than one head.",
         figure=f"Contributions of {at['run']} spread over {s['participation_ratio_mean']:.2f} heads per feature (median "
         f"{s['participation_ratio_median']:.2f}; {s['n_features']:,} live features, {at['n_tokens_detail']:,} held-out "
-        f"tokens). Trained with fewer heads, normalised MSE with all: {at['normalised_mse']:.4f} at L0 {at['l0']:.0f}; "
-        f"{dose} ({at['n_tokens']:,} held-out tokens). {_pruned_text(at)}",
+        f"tokens). Normalised MSE by movers a feature may have, trained so - all: {at['normalised_mse']:.4f} at L0 "
+        f"{at['l0']:.0f}; {dose} ({at['n_tokens']:,} held-out tokens). {_pruned_text(at)}",
         control=f"Top-1 by construction: {same['superposition']['participation_ratio_mean']:.2f}.",
         verdict="inconclusive",
         reason="The number of heads depends on the penalty on loadings; the rule asks for gram, l1 and l2 to agree, and "
@@ -309,8 +309,8 @@ def _heads_finding(metrics: Record, config: ReportConfig) -> Finding | None:
 def _pruned_text(row: Record) -> str:
     if not row["pruned"]:
         return ""
-    kept = ", ".join(f"{p['movers']}: {p['normalised_mse']:.4f}" for p in row["pruned"])
-    return (f"{row['run']} itself with every feature on its strongest movers, identity included, and gains refitted: {kept} "
+    kept = "; ".join(f"{p['movers']}: {p['normalised_mse']:.4f}" for p in row["pruned"])
+    return (f"{row['run']} itself, every feature cut to its strongest movers and one gain each refitted - {kept} "
             f"({row['pruned'][0]['n_tokens']:,} held-out tokens).")  # fmt: skip
 
 
@@ -431,7 +431,8 @@ def _power_law_finding(metrics: Record, source: str) -> Finding:
                  f"their alpha {_spread(nulls, 'alpha')}") if nulls else "no null had a fit"  # fmt: skip
     return Finding(
         key=f"power-law-{source}",
-        claim="Sizes of clusters in head-loading space follow a power law; there are no discrete families of OV dimension.",
+        claim="Sizes of clusters in head-loading space follow a power law; there are no discrete families of OV dimension "
+        f"(loadings of {source}).",
         figure=f"{source}, {n:,} live features, {text}.",
         control=f"{null_text}.",
         verdict="inconclusive",

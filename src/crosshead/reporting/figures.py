@@ -24,6 +24,7 @@ _STYLE: Any = {
     "svg.hashsalt": "crosshead",
 }
 _COLOURS = ("#1b6ca8", "#d1495b", "#2e8b57", "#8d6a9f", "#c98b1a", "#4d4d4d", "#66a3a3")
+_KEY_SIDE = "L0: active features per position (key side)"
 
 
 def _save(figure: Figure, path: Path) -> None:
@@ -31,10 +32,10 @@ def _save(figure: Figure, path: Path) -> None:
         figure.savefig(temporary, format="png", dpi=130, bbox_inches="tight", metadata={"Software": None})
 
 
-def _frontier_axes(title: str) -> tuple[Figure, Axes]:
+def _frontier_axes(title: str, l0: str = _KEY_SIDE) -> tuple[Figure, Axes]:
     figure = Figure(figsize=(7.0, 4.4))
     axes = figure.add_subplot()
-    axes.set(xscale="log", yscale="log", xlabel="L0: active features per position (key side)",
+    axes.set(xscale="log", yscale="log", xlabel=l0,
              ylabel="normalised MSE on held-out contexts", title=title)  # fmt: skip
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_formatter(ticker.FuncFormatter(lambda v, _: f"{v:g}"))
@@ -112,7 +113,9 @@ def value_frontier(
             if points:
                 _draw(axes, points, label, i, linestyle="--" if "control" in name else "-")
         if sums:
-            axes.plot(*zip(*sums, strict=True), "-", color="black", linewidth=1.6, label="sum of the one-layer SAEs")
+            marker = "s" if len(sums) == 1 else None  # a line through one point shows nothing
+            axes.plot(*zip(*sums, strict=True), "-", color="black", linewidth=1.6, marker=marker,
+                      label="sum of the one-layer SAEs (best combinations)")  # fmt: skip
         axes.legend(fontsize=8)
         _save(figure, path)
 
@@ -120,13 +123,17 @@ def value_frontier(
 def attention_output_frontier(frontier: Sequence[Record], path: Path) -> None:
     """Attention output SAEs beside the MTC, which predicts the same output from the layer's input."""
     with mpl.rc_context(_STYLE):
-        figure, axes = _frontier_axes("Attention output: reconstructed (SAE) and predicted (MTC)")
+        figure, axes = _frontier_axes(
+            "Attention output: reconstructed (SAE) and predicted (MTC)",
+            "L0: active features per position (MTC: where information comes from, SAE: where it arrives)",
+        )
         rows = [r for r in frontier if r["architecture"] == "attn_out_sae"]
-        names = [*dict.fromkeys(r["series"] for r in rows), "mtc"]
+        names = ["mtc", *dict.fromkeys(r["series"] for r in rows)]  # the MTC first: its colour in every figure
         for i, name in enumerate(names):
             points = _points(frontier, name)
             if points:
-                _draw(axes, points, name, i)
+                side = "key side" if name == "mtc" else "query side"
+                _draw(axes, points, f"{name} ({side})", i, linestyle="-" if name == "mtc" else "--")
         axes.legend(fontsize=8)
         _save(figure, path)
 
@@ -150,7 +157,7 @@ def cluster_sizes(source: str, sizes: Sequence[Record], fits: Sequence[Record], 
             axes.set(xscale="log", yscale="log", xlabel="rank")
             axes.set_ylabel("features in the cluster" if i == 0 else "")
             alpha = [f["alpha"] for f in fits if f["source"] == name and f["alpha"] is not None]
-            label = "data" if i == 0 else f"null: {name.split('/')[1]}"
+            label = f"{source}" if i == 0 else f"null: {name.split('/')[1]}"
             axes.set_title(label + (f" (alpha {min(alpha):.1f} to {max(alpha):.1f})" if alpha else ""), fontsize=9)
             if i == 0:
                 axes.legend(fontsize=7)

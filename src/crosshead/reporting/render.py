@@ -85,6 +85,7 @@ def render_markdown(metrics: Record, findings: Sequence[Any]) -> str:
         matched=_table(_MATCHED, metrics["matched_l0"]),
         references=_table(_REFERENCES, rows),
         clusters=_table(_CLUSTERS, [c | {"winner": _winner(c)} for c in metrics["clusters"]]),
+        smallest_k=min((c["k"] for c in metrics["clusters"]), default="any"),
         audit=_table(_AUDIT, metrics["audit"]["runs"]),
         inputs={label: _table(_RUNS, other["frontier"]) for label, other in metrics["inputs"].items()},
     )

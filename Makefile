@@ -1,6 +1,6 @@
 # `make findings` and `make test` do the whole job from a bare machine with Python 3.11 or later.
 .DEFAULT_GOAL := help
-.PHONY: help findings test check flow ui publish sync interrupt clean
+.PHONY: help findings test check flow ui publish sync calibrate interrupt clean
 
 PROFILE ?= laptop
 PYTHON ?= $(firstword $(foreach name,python3.11 python3.12 python3.13 python3,$(shell command -v $(name))))
@@ -60,6 +60,9 @@ publish: $(STAMP) ## refill MLflow from the reports (PROFILE=...)
 
 sync: $(STAMP) ## rewrite code dependencies in dvc.yaml and its copies in the profiles
 	@python -m flows.sync
+
+calibrate: $(STAMP) ## measure dense and sparse prices here, write them into the parameters (PROFILE=...; retrains everything)
+	@python -m flows.calibrate --params $(PARAMS)
 
 interrupt: $(STAMP) ## kill `make findings` three times, compare with a run left alone (PROFILE=smoke)
 	@python -m tests.flows.interrupt --profile $(PROFILE)

@@ -168,6 +168,11 @@ class TrackedRun:
         if time.monotonic() - self._flushed > _FLUSH_SECONDS:
             self._flush()
 
+    def note(self, **tags: float) -> None:
+        """Tag the run with what two equal runs do not share, such as its speed."""
+        for name, value in tags.items():
+            self._client.set_tag(self.run_id, name, f"{value:.4g}")
+
     def finish(self, history: Sequence[Mapping[str, float]], metrics: Mapping[str, float], artifacts: Path) -> None:
         """Log what is missing of the history, the final metrics, the trained dictionary; mark the run as finished.
 

@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from crosshead.activations.cache import ActivationCache
+from crosshead.activations.cache import ActivationSource
 from crosshead.analysis.clustering import ClusterConfig, analyse_loadings
 from crosshead.dictionaries.base import Dictionary
 from crosshead.dictionaries.registry import load_dictionary
@@ -31,7 +31,7 @@ def cluster(stage: Stage) -> None:
         write_json(directory / "clusters.json", merged)
 
 
-def _loadings(module: Dictionary, cache: ActivationCache, run: str) -> Any:
+def _loadings(module: Dictionary, cache: ActivationSource, run: str) -> Any:
     """Per query head where key/value heads are shared: what a feature writes through each head."""
     per_query_head = getattr(module, "query_head_loadings", None)
     loadings = module.head_loadings() if per_query_head is None else per_query_head(cache.weights())

@@ -16,7 +16,7 @@ def references(stage: Stage) -> None:
     config = stage.section("references", ReferenceConfig)
     device = stage.section("machine", Machine).prepare()
     layer = read_json(stage.data / "survey" / "layers.json")["first"]
-    cache = open_cache(stage)
+    cache = open_cache(stage, device)
     weights = LayerWeights(*(tensor.to(device) for tensor in cache.weights()[layer]))
     splits = {split: Batches(cache, split, reference_sites(layer), _CONTEXTS_PER_BATCH, 0, device=device)
               for split in ("train", "heldout")}  # fmt: skip

@@ -2,12 +2,13 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from itertools import islice
 from typing import Any
 
 from crosshead.activations.base_model import load_model
 from crosshead.activations.batches import Batches
-from crosshead.activations.cache import ActivationCache
+from crosshead.activations.cache import ActivationSource
 from crosshead.activations.machine import Machine
 from crosshead.analysis.evaluation import EvaluationConfig, evaluate
 from crosshead.analysis.records import run_record
@@ -15,7 +16,7 @@ from crosshead.analysis.splicing import Splicing, cross_entropy_recovered
 from crosshead.dictionaries.base import Dictionary
 from crosshead.dictionaries.registry import build
 from crosshead.io.files import atomic_directory, read_json, write_json
-from crosshead.training.fit import fit
+from crosshead.training.fit import Speed, fit
 from crosshead.training.runs import Run, read_run
 from flows._inputs import open_cache
 from flows._runtime import Stage, main
@@ -29,7 +30,7 @@ def train(stage: Stage) -> None:
     device = stage.section("machine", Machine).prepare()
     layers = read_json(stage.data / "survey" / "layers.json")
     config = run.dictionary_config(layers)
-    cache = open_cache(stage)
+    cache = open_cache(stage, device)
     module = build(config, cache.dims)
     identity = _identity(stage, run)
     with stage.work(identity) as work, _tracked(stage, run, config, identity) as tracked:
@@ -39,7 +40,7 @@ def train(stage: Stage) -> None:
             Batches(cache, "train", sites, run.schedule.contexts_per_batch, run.seed, run.control, device),
             Batches(cache, "heldout", module.sites, run.schedule.contexts_per_batch, run.seed, run.control, device),
             cache.weights(), run.schedule, seed=run.seed, work=work, identity=identity, device=device,
-            on_metrics=tracked.log, description=run.name,
+            on_metrics=tracked.log, on_speed=partial(_tell_speed, tracked), description=run.name,
         )  # fmt: skip
         size = evaluation.contexts_per_batch
         heldout = Batches(cache, "heldout", module.sites, size, run.seed, run.control, device)
@@ -49,6 +50,12 @@ def train(stage: Stage) -> None:
         record = run_record(run, module, measured, spliced, tokens_trained=result.tokens)
         _save(stage, run, module, {"history": result.history, "feature_counts": measured.feature_counts}, record)
         tracked.finish(result.history, final_metrics(record), stage.data / "runs" / run.name)
+
+
+def _tell_speed(tracked: TrackedRun, speed: Speed) -> None:
+    tracked.note(tokens_per_second=speed.tokens_per_second, waited_share=speed.waited_share)
+    rate, waited = f"{speed.tokens_per_second:,.0f}", f"{speed.waited_share:.1%}"
+    print(f"{rate} positions per second; {waited} of the time spent waiting for batches")
 
 
 def _read_run(stage: Stage) -> Run:
@@ -65,7 +72,7 @@ def _identity(stage: Stage, run: Run) -> str:
 
 
 def _splice(
-    stage: Stage, module: Dictionary, cache: ActivationCache, config: EvaluationConfig, device: str
+    stage: Stage, module: Dictionary, cache: ActivationSource, config: EvaluationConfig, device: str
 ) -> Splicing:
     """Splice into the base model, always on the contexts as they are: a control has no say in what the model reads."""
     language_model = load_model(stage.data / "model", device=device)

@@ -48,7 +48,7 @@ def test_the_calibrated_threshold_gives_k_active_features_on_average(k):
     norms = torch.rand(20, generator=generator) + 0.5
     rows = [(torch.randn(30, 6, generator=generator), torch.rand(30, generator=generator) < 0.8) for _ in range(3)]
     encoder.calibrate_(rows, norms)
-    active = sum(len(encoder(x, mask, norms).values) for x, mask in rows)
+    active = sum(len(encoder(x, mask, norms).codes.values) for x, mask in rows)
     assert active == k * sum(int(mask.sum()) for _, mask in rows)
 
 
@@ -63,10 +63,10 @@ def test_jumprelu_is_zero_in_the_band_below_its_threshold_and_the_band_exists_in
     x, mask, norms = torch.randn(200, 6), torch.ones(200, dtype=torch.bool), torch.ones(20)
     pre, theta = (x @ encoder.weight.T + encoder.bias).detach(), encoder.log_threshold.detach().exp()
     expected = pre * (pre > theta)
-    training = encoder.train()(x, mask, norms)
+    training = encoder.train()(x, mask, norms).codes
     assert_close(training.to_dense().detach(), expected)
     assert len(training.values) == int((pre > theta - 0.25).sum())
-    inference = encoder.eval()(x, mask, norms)
+    inference = encoder.eval()(x, mask, norms).codes
     assert_close(inference.to_dense().detach(), expected)
     assert len(inference.values) == int((pre > theta).sum())
 
@@ -74,7 +74,7 @@ def test_jumprelu_is_zero_in_the_band_below_its_threshold_and_the_band_exists_in
 def test_penalties_of_topk_are_none():
     encoder = random_encoder(TopK(k=3))
     x, mask, norms = torch.randn(5, 6), torch.ones(5, dtype=torch.bool), torch.ones(20)
-    assert encoder.penalties(encoder(x, mask, norms), x, mask, norms) == {}
+    assert encoder.penalties(encoder(x, mask, norms), norms, 5) == {}
 
 
 @pytest.mark.parametrize("sparsity", [L1(coefficient=1.0), TopK(k=3), BatchTopK(k=3), JumpReLU(coefficient=1.0)])

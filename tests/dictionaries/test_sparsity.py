@@ -15,7 +15,8 @@ from crosshead.dictionaries.sparsity import (
     select,
     warm_coefficient,
 )
-from crosshead.dictionaries.sparsity import _largest as largest
+from crosshead.maths.engine import Engine
+from crosshead.maths.scan import Product, largest_entries
 
 SETTLED_TOPK = TopK(k=3, anneal_from=1.0)
 SETTLED_BATCH_TOPK = BatchTopK(k=3, anneal_from=1.0)
@@ -38,11 +39,20 @@ def entries(codes) -> list[tuple[int, int]]:
 
 def select_entries(pre, norms, mask, sparsity, threshold=0.0, by_threshold=False, progress=1.0):
     threshold = torch.as_tensor(threshold)
-    codes = select(pre, norms, mask, sparsity, threshold=threshold, by_threshold=by_threshold, progress=progress)
+    features = pre.shape[1]
+    product = Product(pre, torch.eye(features), torch.zeros(features), mask)
+    codes = select(product, norms, sparsity, threshold=threshold, by_threshold=by_threshold, progress=progress,
+                   engine=Engine())  # fmt: skip
     assert (codes.n_rows, codes.n_features) == pre.shape
     assert entries(codes) == sorted(set(entries(codes))), "entries are sorted by row and column, each once"
-    assert (codes.values == 0).all()
+    assert torch.equal(codes.values, pre[codes.rows, codes.columns])
     return entries(codes)
+
+
+def largest(scores: torch.Tensor, count: int) -> torch.Tensor:
+    """Ascending indices of the largest positive scores, by the function that searches a product."""
+    product = Product(torch.ones(1, 1), scores[:, None], torch.zeros(len(scores)), torch.ones(1, dtype=torch.bool))
+    return largest_entries(product, torch.ones(len(scores)), count, Engine(tile_mib=0.004)).columns
 
 
 def candidates(pre, norms, mask, rows=None):
@@ -103,7 +113,7 @@ def test_batch_topk_at_inference_compares_with_the_threshold_and_not_with_the_ba
 def test_no_counted_row_gives_no_entry():
     pre, norms, mask = problem(0)
     for sparsity in (SETTLED_TOPK, SETTLED_BATCH_TOPK, L1(coefficient=1.0), JumpReLU(coefficient=1.0)):
-        assert select_entries(pre, norms, torch.zeros_like(mask), sparsity) == []
+        assert select_entries(pre, norms, torch.zeros_like(mask), sparsity, torch.zeros(17)) == []
 
 
 def test_the_start_of_training_takes_the_multiple_of_k_and_no_more_than_all_features():
@@ -129,7 +139,7 @@ def test_largest_equals_a_full_sort(seed, size, positive_share, levels, count_sh
     scores = (torch.rand(size, generator=generator) * levels).ceil() / levels
     scores *= torch.rand(size, generator=generator) < positive_share
     if sampled_low:
-        scores[::16] *= 0.01  # a sample that misleads the guess
+        scores[::17] *= 0.01  # a sample that misleads the guess
     count = round(size * count_share)
     chosen = largest(scores, count)
     assert (chosen.diff() > 0).all()
@@ -139,7 +149,7 @@ def test_largest_equals_a_full_sort(seed, size, positive_share, levels, count_sh
 
 def test_a_sample_that_is_too_high_does_not_lose_entries():
     scores = torch.linspace(0.1, 0.2, 3200)
-    scores[::16] = 5.0
+    scores[::17] = 5.0
     chosen = largest(scores, 1000)
     assert torch.equal(scores[chosen].sort().values, scores.sort().values[-1000:])
 

@@ -5,13 +5,14 @@ import signal
 import subprocess
 import sys
 import textwrap
+import time
 from pathlib import Path
 
 import pytest
 import torch
 
 from crosshead.dictionaries.registry import build
-from crosshead.training.fit import TrainingConfig, fit
+from crosshead.training.fit import Speed, TrainingConfig, fit
 from tests.dictionaries.cases import DIMS, config_of, random_batch, weights
 
 CONFIG = TrainingConfig(steps=24, warmup_steps=3, learning_rate=1e-2, log_every=4, evaluate_every=8,
@@ -172,3 +173,19 @@ def test_training_lowers_the_heldout_error_and_counts_tokens(tmp_path):
 
 def test_start_and_data_depend_on_the_seed_alone(tmp_path):
     assert digest(*train("mtc/l1", tmp_path / "a")) == digest(*train("mtc/l1", tmp_path / "b"))
+
+
+def test_speed_counts_the_steps_of_this_process_and_its_waiting(tmp_path):
+    class Slow(Source):
+        def at(self, step):
+            time.sleep(0.02)
+            return super().at(step)
+
+    told: list[Speed] = []
+    module = build(config_of("mtc/topk"), DIMS)
+    result = fit(module, Slow(), Source(), weights(), CONFIG, seed=0, work=tmp_path, identity="a", on_speed=told.append)
+    (speed,) = told
+    assert speed.tokens == result.tokens
+    assert 24 * 0.02 <= speed.waited <= speed.seconds
+    assert speed.waited_share == speed.waited / speed.seconds
+    assert speed.tokens_per_second == speed.tokens / speed.seconds

@@ -1,4 +1,4 @@
-"""Training and evaluation batches out of a cache, as a pure function of seed and step."""
+"""Training and evaluation batches out of activations, as a pure function of seed and step."""
 
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from crosshead.activations.cache import ActivationCache
+from crosshead.activations.cache import ActivationSource
 from crosshead.dictionaries.base import Batch, Site
 
 __all__ = ["Batches", "Control"]
@@ -30,7 +30,7 @@ class Batches:
 
     def __init__(
         self,
-        cache: ActivationCache,
+        cache: ActivationSource,
         split: str,
         sites: Sequence[Site],
         contexts_per_batch: int,

@@ -1,5 +1,10 @@
-"""Cached activations of a corpus, read by context and by site without copying anything else."""
+"""Activations of a corpus by context and site: read from shards, or computed whenever they are asked for.
 
+Both kinds are opened from the same directory. What a harvest in the mode ``stream`` leaves has everything but shards;
+its contexts run through the base model at every reading.
+"""
+
+from abc import ABC, abstractmethod
 from bisect import bisect_right
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,7 +24,7 @@ from crosshead.dictionaries.base import Batch, LayerWeights, ModelDims, Site
 from crosshead.io.files import read_json, sha256_file, write_json
 from crosshead.maths.patterns import AttentionSpec
 
-__all__ = ["ActivationCache"]
+__all__ = ["ActivationCache", "ActivationSource", "read_manifest"]
 
 _ADVICE = "delete the cache and run the harvest stage again"
 
@@ -32,53 +37,29 @@ class _Group(NamedTuple):
     rows: pa.RecordBatch
 
 
-class ActivationCache:
-    """A directory of shards with its manifest. Open one with ``ActivationCache.open``.
+class ActivationSource(ABC):
+    """Contexts of a corpus as batches of activations; described by the manifest in ``directory``."""
 
-    Shards stay memory-mapped: reading touches only the pages of the contexts and sites asked for.
-    """
-
-    def __init__(self, directory: Path, manifest: CacheManifest, groups: dict[str, list[_Group]]):
+    def __init__(self, directory: Path, manifest: CacheManifest):
         self.directory = directory
         self.manifest = manifest
-        self._groups = groups
         self._columns = {column.site: column for column in manifest.columns}
 
-    @classmethod
-    def open(
-        cls,
-        directory: Path | str,
-        *,
-        verify: Literal["structure", "sha256"] = "structure",
-        remember: Path | None = None,
-        model: str | None = None,
-        corpus: str | None = None,
-    ) -> "ActivationCache":
-        """Open what ``harvest`` wrote.
+    @abstractmethod
+    def n_contexts(self, split: str) -> int:
+        """Number of contexts of a split. ValueError for an unknown one."""
 
-        ``structure`` checks sizes, row counts and columns, which finds missing and truncated shards without reading
-        them; ``sha256`` reads every shard and finds any change. With ``remember``, a JSON file that lists files found
-        intact, a shard is read again only when its size, time or inode is another. ``model`` and ``corpus`` are the
-        fingerprints that the caller expects. ValueError for a damaged cache and for one of another model or corpus.
-        """
-        directory = Path(directory)
-        manifest = _read_manifest(directory)
-        for what, expected, got in (("model", model, manifest.model), ("corpus", corpus, manifest.corpus)):
-            if expected is not None and expected != got:
-                raise ValueError(f"the cache {directory} was made with another {what} (fingerprint {got}, expected "
-                                 f"{expected}); run the harvest stage again")  # fmt: skip
-        _check_hash(directory, manifest.weights)
-        if verify == "sha256":
-            _check_hashes(directory, [record for shards in manifest.shards.values() for record in shards], remember)
-        shard_schema = schema(manifest.columns, manifest.context_length)
-        groups: dict[str, list[_Group]] = {}
-        for split, shards in manifest.shards.items():
-            groups[split], first = [], 0
-            for record in shards:
-                for rows in open_shard(directory / record.file, record, shard_schema):
-                    groups[split].append(_Group(first, rows))
-                    first += rows.num_rows
-        return cls(directory, manifest, groups)
+    @abstractmethod
+    def domains(self, split: str) -> list[str]:
+        """The domain of every context, in order."""
+
+    @abstractmethod
+    def tokens(self, split: str, indices: Sequence[int]) -> Tensor:
+        """Token ids [n, T] of the given contexts."""
+
+    @abstractmethod
+    def stored(self, split: str, indices: Sequence[int], sites: Sequence[Site]) -> dict[Site, Tensor]:
+        """Stored sites of the given contexts, float32."""
 
     @property
     def dims(self) -> ModelDims:
@@ -99,15 +80,6 @@ class ActivationCache:
     def context_length(self) -> int:
         """Positions of every context."""
         return self.manifest.context_length
-
-    def n_contexts(self, split: str) -> int:
-        """Number of contexts of a split."""
-        last = self._split(split)[-1]
-        return last.first + last.rows.num_rows
-
-    def domains(self, split: str) -> list[str]:
-        """The domain of every context, in order."""
-        return [domain for group in self._split(split) for domain in group.rows.column("domain").to_pylist()]
 
     def weights(self) -> dict[int, LayerWeights]:
         """The output map of every layer the cache knows."""
@@ -147,17 +119,71 @@ class ActivationCache:
         outside = [index for index in indices if not 0 <= index < n_contexts]
         if outside:
             raise ValueError(f"context {outside[0]} is out of range; {split} has contexts 0 to {n_contexts - 1}")
-        found = {site: self._gather(split, indices, self._columns[site]).to(device) for site in stored_sites(sites)}
+        found = {site: tensor.to(device) for site, tensor in self.stored(split, indices, stored_sites(sites)).items()}
         tokens = self.tokens(split, indices)
         mask = torch.ones(tokens.shape, dtype=torch.bool)
         mask[:, 0] = False
         return Batch(recompute_patterns(found, sites, self.specs), mask.to(device), tokens.to(device))
 
+    def _open_weights(self) -> safe_open:
+        return safe_open(self.directory / self.manifest.weights.file, framework="pt")
+
+
+class ActivationCache(ActivationSource):
+    """A directory of shards with its manifest. Open one with ``ActivationCache.open``.
+
+    Shards stay memory-mapped: reading touches only the pages of the contexts and sites asked for.
+    """
+
+    def __init__(self, directory: Path, manifest: CacheManifest, groups: dict[str, list[_Group]]):
+        super().__init__(directory, manifest)
+        self._groups = groups
+
+    @classmethod
+    def open(
+        cls,
+        directory: Path | str,
+        *,
+        verify: Literal["structure", "sha256"] = "structure",
+        remember: Path | None = None,
+        model: str | None = None,
+        corpus: str | None = None,
+    ) -> "ActivationCache":
+        """Open what ``harvest`` wrote.
+
+        ``structure`` checks sizes, row counts and columns, which finds missing and truncated shards without reading
+        them; ``sha256`` reads every shard and finds any change. With ``remember``, a JSON file that lists files found
+        intact, a shard is read again only when its size, time or inode is another. ``model`` and ``corpus`` are the
+        fingerprints that the caller expects. ValueError for a damaged cache and for one of another model or corpus.
+        """
+        directory = Path(directory)
+        manifest = read_manifest(directory, model=model, corpus=corpus)
+        if verify == "sha256":
+            _check_hashes(directory, [record for shards in manifest.shards.values() for record in shards], remember)
+        shard_schema = schema(manifest.columns, manifest.context_length)
+        groups: dict[str, list[_Group]] = {}
+        for split, shards in manifest.shards.items():
+            groups[split], first = [], 0
+            for record in shards:
+                for rows in open_shard(directory / record.file, record, shard_schema):
+                    groups[split].append(_Group(first, rows))
+                    first += rows.num_rows
+        return cls(directory, manifest, groups)
+
+    def n_contexts(self, split: str) -> int:
+        last = self._split(split)[-1]
+        return last.first + last.rows.num_rows
+
+    def domains(self, split: str) -> list[str]:
+        return [domain for group in self._split(split) for domain in group.rows.column("domain").to_pylist()]
+
     def tokens(self, split: str, indices: Sequence[int]) -> Tensor:
-        """Token ids [n, T] of the given contexts."""
         out = np.empty((len(indices), self.context_length), dtype=np.int64)
         self._fill(out, split, indices, "tokens")
         return torch.from_numpy(out)
+
+    def stored(self, split: str, indices: Sequence[int], sites: Sequence[Site]) -> dict[Site, Tensor]:
+        return {site: self._gather(split, indices, self._columns[site]) for site in sites}
 
     def _gather(self, split: str, indices: Sequence[int], column: Column) -> Float[Tensor, "n *shape"]:
         out = np.empty((len(indices), *column.shape), dtype=np.float32)
@@ -179,11 +205,22 @@ class ActivationCache:
             raise ValueError(f"the cache has no split {split!r}; it has {', '.join(self._groups)}")
         return self._groups[split]
 
-    def _open_weights(self) -> safe_open:
-        return safe_open(self.directory / self.manifest.weights.file, framework="pt")
+
+def read_manifest(directory: Path, *, model: str | None = None, corpus: str | None = None) -> CacheManifest:
+    """The manifest of a harvest, its weights file checked.
+
+    ``model`` and ``corpus`` are the fingerprints that the caller expects. ValueError for other ones, or damage.
+    """
+    manifest = _parsed_manifest(directory)
+    for what, expected, got in (("model", model, manifest.model), ("corpus", corpus, manifest.corpus)):
+        if expected is not None and expected != got:
+            raise ValueError(f"the cache {directory} was made with another {what} (fingerprint {got}, expected "
+                             f"{expected}); run the harvest stage again")  # fmt: skip
+    _check_hash(directory, manifest.weights)
+    return manifest
 
 
-def _read_manifest(directory: Path) -> CacheManifest:
+def _parsed_manifest(directory: Path) -> CacheManifest:
     try:
         return CacheManifest.model_validate(read_json(directory / "manifest.json"))
     except ValidationError as error:

@@ -63,6 +63,9 @@ class HarvestConfig(BaseModel):
 
     sites: Annotated[tuple[LayerSites, ...], Field(min_length=1)]
     """Entries that name the same layer are joined."""
+    mode: Literal["cache", "stream"] = "cache"
+    """``stream`` writes no activations: every later stage computes the batches it reads, the same ones in the same order.
+    For a disk that cannot hold them; each reading costs a forward pass."""
     dtype: Literal["float32", "float16"] = "float32"
     """Of everything but q and k, which are always float32. float16 is refused where an activation does not fit."""
     shard_contexts: Annotated[int, Field(gt=0)] = 64
@@ -117,8 +120,9 @@ def harvest(
         job.directory.mkdir(exist_ok=True)
         for leftover in job.directory.glob(".*.tmp"):
             leftover.unlink()
-        _check_space(job.directory, job.n_contexts * row_bytes(columns, corpus.context_length))
-        job.write_shards()
+        if config.mode == "cache":
+            _check_space(job.directory, job.n_contexts * row_bytes(columns, corpus.context_length))
+            job.write_shards()
         job.write_weights()
         write_json(job.directory / "manifest.json", job.manifest().model_dump(mode="json"))
         _publish(job.directory, Path(directory))
@@ -208,7 +212,7 @@ class _Job:
             shards={
                 split: tuple(ShardRecord(contexts=rows.stop - rows.start, **_file(path))
                              for path, rows in self.plan(split))
-                for split in SPLITS
+                for split in SPLITS if self.config.mode == "cache"
             },
             tokens={split: _hash_tokens(self.corpus, split) for split in SPLITS},
             weights=FileRecord(**_file(self.directory / "weights.safetensors")),

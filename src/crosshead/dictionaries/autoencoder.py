@@ -19,7 +19,8 @@ from crosshead.dictionaries.base import Batch, Dictionary, LayerWeights, Loss, M
 from crosshead.dictionaries.encoder import SparseEncoder
 from crosshead.dictionaries.sparsity import TopK, folded_sparsity
 from crosshead.dictionaries.starts import Moments
-from crosshead.maths.sparse import SparseCodes, decode
+from crosshead.maths.codes import SparseCodes
+from crosshead.maths.sparse import decode
 
 __all__ = ["Autoencoder"]
 
@@ -66,22 +67,20 @@ class Autoencoder(Dictionary):
     def encode(self, batch: Batch, progress: float = 1.0) -> SparseCodes:
         with torch.no_grad():
             norms = self.feature_norms()
-        return self.encoder(self._inputs(batch), batch.mask.flatten(), norms, progress)
+        return self.encoder(self._inputs(batch), batch.mask.flatten(), norms, progress, self.engine).codes
 
     def decode(self, codes: SparseCodes, batch: Batch) -> Float[Tensor, "B T D"]:
-        return (decode(codes, self.decoder) + self.decoder_bias).view(*batch.mask.shape, -1)
+        return (decode(codes, self.decoder, self.engine) + self.decoder_bias).view(*batch.mask.shape, -1)
 
     def loss(self, batch: Batch, progress: float = 1.0) -> Loss:
         x, mask = self._inputs(batch), batch.mask.flatten()
         norms = self.feature_norms()
-        codes = self.encoder(x, mask, norms.detach(), progress)
-        target = x[mask]
-        error = (decode(codes, self.decoder)[mask] + self.decoder_bias - target).square().sum()
+        activations = self.encoder(x, mask, norms.detach(), progress, self.engine)
+        codes, target = activations.codes, x[mask]
+        error = (decode(codes, self.decoder, self.engine)[mask] + self.decoder_bias - target).square().sum()
         parts = {"reconstruction": error / len(target)}
-        parts |= self.encoder.penalties(codes, x, mask, norms, progress)
-        on = codes.values.detach() != 0
-        fired = torch.bincount(codes.columns[on], minlength=self.config.features) > 0
-        return Loss(parts, float(on.sum()) / len(target), float(error.detach() / target.square().sum()), fired)
+        parts |= self.encoder.penalties(activations, norms, len(target), progress)
+        return Loss.of(parts, codes, error, target)
 
     @torch.no_grad()
     def folded(self) -> "Autoencoder":
@@ -132,4 +131,4 @@ class Autoencoder(Dictionary):
     def calibrate_(self, batches: Sequence[Batch]) -> None:
         rows = [(self._inputs(b), b.mask.flatten()) for b in batches]
         with torch.no_grad():
-            self.encoder.calibrate_(rows, self.feature_norms())
+            self.encoder.calibrate_(rows, self.feature_norms(), self.engine)

@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from crosshead.io.files import atomic_directory, read_json, write_json
 from crosshead.io.settings import parse_section
 from crosshead.io.tensors import load_tensors, save_tensors
-from crosshead.maths.sparse import SparseCodes
+from crosshead.maths.codes import SparseCodes
+from crosshead.maths.engine import Engine
 
 __all__ = [
     "Batch",
@@ -121,6 +122,12 @@ class Loss(NamedTuple):
         """The sum of the parts."""
         return torch.stack(list(self.parts.values())).sum()
 
+    @classmethod
+    def of(cls, parts: dict[str, Tensor], codes: SparseCodes, error: Tensor, target: Float[Tensor, "n D"]) -> "Loss":
+        """The loss of parts, the codes they come from, the summed squared error and the counted rows of the target."""
+        active = int((codes.values.detach() != 0).sum())
+        return cls(parts, active / len(target), float(error.detach() / target.square().sum()), codes.fired())
+
 
 class ParameterGroup(NamedTuple):
     """Parameters that share a learning rate: the run's own times ``multiplier``."""
@@ -158,9 +165,12 @@ class Dictionary(nn.Module, ABC):
     weights and normalisation from data, ``calibrate_`` fixes inference thresholds after training. In ``train()`` mode
     batch-wise selections (BatchTopK) look at the batch; in ``eval()`` mode they use the calibrated thresholds, so that
     a position's features do not depend on its neighbours in the batch.
+
+    ``engine`` says how sparse products are computed. It is no part of a saved dictionary.
     """
 
     Config: ClassVar[type[DictionaryConfig]]
+    engine: Engine
 
     def __init__(self, config: Any, dims: ModelDims):
         super().__init__()
@@ -170,6 +180,7 @@ class Dictionary(nn.Module, ABC):
                                  "correct layers")  # fmt: skip
         self.config = config
         self.dims = dims
+        self.engine = Engine()
 
     @property
     @abstractmethod

@@ -3,12 +3,11 @@
 Shape legend: N rows (positions), X input width, F features.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
-from torch.nn import functional
 
 from crosshead.dictionaries.sparsity import (
     L1,
@@ -19,9 +18,23 @@ from crosshead.dictionaries.sparsity import (
     select,
     warm_coefficient,
 )
-from crosshead.maths.sparse import SparseCodes, gather_preactivations, preactivation_sums
+from crosshead.maths.codes import SparseCodes
+from crosshead.maths.engine import Engine
+from crosshead.maths.scan import Product, largest_entries
+from crosshead.maths.sparse import encode
 
-__all__ = ["SparseEncoder"]
+__all__ = ["Activations", "SparseEncoder"]
+
+
+class Activations(NamedTuple):
+    """What an encoder says about a batch."""
+
+    codes: SparseCodes
+    """f."""
+    pre: SparseCodes
+    """Pre-activations at the same entries."""
+    sums: Float[Tensor, " F"] | None
+    """Sum of every feature's pre-activations over all counted rows; None where no penalty needs it."""
 
 
 class _Jump(torch.autograd.Function):
@@ -70,72 +83,62 @@ class SparseEncoder(nn.Module):
         mask: Bool[Tensor, " N"],
         norms: Float[Tensor, " F"],
         progress: float = 1.0,
-    ) -> SparseCodes:
-        """Codes of the rows in ``mask``; ``norms`` weigh the competition between features."""
-        with torch.no_grad():
-            dense = functional.linear(x, self.weight, self.bias)
+        engine: Engine | None = None,
+    ) -> Activations:
+        """Activations of the rows in ``mask``; ``norms`` weigh the competition between features."""
+        product, engine = Product(x, self.weight, self.bias, mask), engine or Engine()
         threshold = self.threshold
         if isinstance(self.sparsity, JumpReLU):
             # The band just below the threshold is part of the structure: the threshold's gradient lives there.
             threshold = self.log_threshold.exp() - (self.sparsity.bandwidth / 2 if self.training else 0.0)
         structure = select(
-            dense,
+            product,
             norms,
-            mask,
             self.sparsity,
             threshold=threshold,
             by_threshold=not self.training,
             progress=progress,
+            engine=engine,
         )
-        codes = gather_preactivations(x, self.weight, self.bias, dense, structure)
+        wants_sums = self.training and getattr(self.sparsity, "negative_coefficient", 0.0) > 0
+        pre, sums = encode(product, structure, engine, with_sums=wants_sums)
+        codes = pre
         if isinstance(self.sparsity, JumpReLU):
-            theta = self.log_threshold.exp()[codes.columns]
-            codes = codes.with_values(_Jump.apply(codes.values, theta, self.sparsity.bandwidth)[0])
-        return codes
+            theta = self.log_threshold.exp()[pre.columns]
+            codes = pre.with_values(_Jump.apply(pre.values, theta, self.sparsity.bandwidth)[0])
+        return Activations(codes, pre, sums)
 
     def penalties(
-        self,
-        codes: SparseCodes,
-        x: Float[Tensor, "N X"],
-        mask: Bool[Tensor, " N"],
-        norms: Float[Tensor, " F"],
-        progress: float = 1.0,
+        self, activations: Activations, norms: Float[Tensor, " F"], n_counted: int, progress: float = 1.0
     ) -> dict[str, Tensor]:
-        """Penalty terms of the loss, mean over counted rows; empty for the top-k forms.
+        """Penalty terms of the loss, mean over ``n_counted`` rows; empty for the top-k forms.
 
         L1: ``sparsity`` = lambda_s sum_i f_i n_i, ``negative`` = lambda_p sum_i relu(-pre_i) n_i (the source).
         JumpReLU: ``sparsity`` = lambda_s sum_i [pre_i > theta_i], ``negative`` = lambda_p sum_i
         relu(theta_i - pre_i) n_i.
         """
-        sparsity = self.sparsity
+        sparsity, (codes, pre, sums) = self.sparsity, activations
         if isinstance(sparsity, TopK):
             return {}
-        n_counted = mask.sum().clamp(min=1)
         warm = warm_coefficient(sparsity, progress)
+        n_rows = max(n_counted, 1)
         parts: dict[str, Tensor] = {}
         if isinstance(sparsity, L1):
-            sums = codes.feature_sums()
-            parts["sparsity"] = sparsity.coefficient * warm * (sums * norms).sum() / n_counted
-            excess = sums
+            excess = codes.feature_sums()
             level = 0.0
+            parts["sparsity"] = sparsity.coefficient * warm * (excess * norms).sum() / n_rows
         else:
             # Values are pre * [pre > theta]; the count needs its own surrogate gradient through theta.
             theta_F = self.log_threshold.exp()
-            pre = gather_preactivations(x, self.weight, self.bias, self._dense(x), codes).values
-            on = _Jump.apply(pre, theta_F[codes.columns], sparsity.bandwidth)[1]
-            parts["sparsity"] = sparsity.coefficient * warm * on.sum() / n_counted
-            above = (pre - theta_F[codes.columns]).clamp(min=0.0)
-            excess = codes.with_values(above).feature_sums()
+            theta = theta_F[pre.columns]
+            on = _Jump.apply(pre.values, theta, sparsity.bandwidth)[1]
+            parts["sparsity"] = sparsity.coefficient * warm * on.sum() / n_rows
+            excess = pre.with_values((pre.values - theta).clamp(min=0.0)).feature_sums()
             level = theta_F * n_counted
-        if sparsity.negative_coefficient:
+        if sums is not None:
             # sum_t relu(level - pre) = level N - sum_t pre + sum_t relu(pre - level): exact, and dense in nothing.
-            shortfall = level - preactivation_sums(x, self.weight, self.bias, mask) + excess
-            parts["negative"] = sparsity.negative_coefficient * warm * (shortfall * norms).sum() / n_counted
+            parts["negative"] = sparsity.negative_coefficient * warm * ((level - sums + excess) * norms).sum() / n_rows
         return parts
-
-    @torch.no_grad()
-    def _dense(self, x: Tensor) -> Tensor:
-        return functional.linear(x, self.weight, self.bias)
 
     @torch.no_grad()
     def folded_state(
@@ -174,15 +177,16 @@ class SparseEncoder(nn.Module):
             self.bias[chunk] /= rms
 
     @torch.no_grad()
-    def calibrate_(self, rows: list[tuple[Tensor, Tensor]], norms: Float[Tensor, " F"]) -> None:
+    def calibrate_(
+        self, rows: list[tuple[Tensor, Tensor]], norms: Float[Tensor, " F"], engine: Engine | None = None
+    ) -> None:
         """Fix BatchTopK's inference threshold so that the mean number of active features over (x, mask) is k."""
         if not isinstance(self.sparsity, BatchTopK):
             return
         scores, wanted = [], 0
         for x, mask in rows:
             count = self.sparsity.k * int(mask.sum())
-            batch = (self._dense(x)[mask] * norms).flatten()
-            batch = batch[batch > 0]
-            scores.append(batch.topk(min(len(batch), 2 * count), sorted=False).values)
+            best = largest_entries(Product(x, self.weight, self.bias, mask), norms, 2 * count, engine or Engine())
+            scores.append(best.values * norms[best.columns])
             wanted += count
         self.threshold.copy_(batch_topk_threshold(scores, wanted))

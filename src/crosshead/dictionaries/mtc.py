@@ -10,7 +10,8 @@ identity), D = d_model.
 
 The patterns A_h are the base model's own and constant. Features are zero at the beginning-of-text token; what it
 contributes is the same in every context and learned as c_h (design choice). No [T, T, F] tensor is ever built: every
-head moves its share of the decoded features, y = sum_h A_h ((f * L_h) D) + (f * L_0) D.
+head moves its share of the decoded features, y = sum_h A_h ((f * L_h) D) + (f * L_0) D, and ``mixed_decode`` reads
+every active d_i once for all heads.
 
 Penalties weigh feature i by n_i = sqrt(L_i' C L_i) ||d_i||, the size of what it writes when it moves a unit activation;
 C is the Gram matrix of the head patterns over training data (design choice; ``loadings_penalty`` has the alternatives).
@@ -38,7 +39,8 @@ from crosshead.dictionaries.base import (
 from crosshead.dictionaries.encoder import SparseEncoder
 from crosshead.dictionaries.sparsity import Sparsity, folded_sparsity
 from crosshead.dictionaries.starts import Moments, ridge
-from crosshead.maths.sparse import SparseCodes, moved_decode
+from crosshead.maths.codes import SparseCodes
+from crosshead.maths.sparse import mixed_decode
 
 __all__ = ["Config", "Module"]
 
@@ -195,32 +197,24 @@ class Module(Dictionary):
     def encode(self, batch: Batch, progress: float = 1.0) -> SparseCodes:
         with torch.no_grad():
             norms = self.feature_norms(progress)
-        return self.encoder(self.inputs(batch), batch.mask.flatten(), norms, progress)
+        return self.encoder(self.inputs(batch), batch.mask.flatten(), norms, progress, self.engine).codes
 
     def decode(self, codes: SparseCodes, batch: Batch, progress: float = 1.0) -> Float[Tensor, "B T D"]:
         # Movers that have faded out entirely need not be computed.
         movers = self._kept_movers() if self._unkept_share(progress) == 0.0 else None
-        moved = moved_decode(codes, self.effective_loadings(progress), self.decoder, movers)
         pattern = batch[Site(self.layer, "pattern")].to(self.decoder.dtype)
-        n_contexts, n_positions = batch.mask.shape
-        moved_MBTD = moved.view(len(moved), n_contexts, n_positions, -1)
-        # One product per context over (head, source) pairs, instead of one per head.
-        pattern_B_T_HT = pattern.transpose(1, 2).flatten(2)
-        moved_B_HT_D = moved_MBTD[1:].transpose(0, 1).flatten(1, 2)
-        y = pattern_B_T_HT @ moved_B_HT_D + moved_MBTD[0]
+        y = mixed_decode(codes, self.effective_loadings(progress), self.decoder, pattern, self.engine, movers)
         return y + pattern[..., 0].transpose(1, 2) @ self.bos + self.decoder_bias
 
     def loss(self, batch: Batch, progress: float = 1.0) -> Loss:
         x, mask = self.inputs(batch), batch.mask.flatten()
         norms = self.feature_norms(progress)
-        codes = self.encoder(x, mask, norms.detach(), progress)
+        activations = self.encoder(x, mask, norms.detach(), progress, self.engine)
         target = self.target(batch)[batch.mask]
-        error = (self.decode(codes, batch, progress)[batch.mask] - target).square().sum()
+        error = (self.decode(activations.codes, batch, progress)[batch.mask] - target).square().sum()
         parts = {"reconstruction": error / len(target)}
-        parts |= self.encoder.penalties(codes, x, mask, norms, progress)
-        on = codes.values.detach() != 0
-        fired = torch.bincount(codes.columns[on], minlength=self.config.features) > 0
-        return Loss(parts, float(on.sum()) / len(target), float(error.detach() / target.square().sum()), fired)
+        parts |= self.encoder.penalties(activations, norms, len(target), progress)
+        return Loss.of(parts, activations.codes, error, target)
 
     def project_(self) -> None:
         if self.config.loadings_sign == "nonnegative":
@@ -423,7 +417,7 @@ class Module(Dictionary):
     def calibrate_(self, batches: Sequence[Batch]) -> None:
         rows = [(self.inputs(b), b.mask.flatten()) for b in batches]
         with torch.no_grad():
-            self.encoder.calibrate_(rows, self.feature_norms())
+            self.encoder.calibrate_(rows, self.feature_norms(), self.engine)
 
 
 @torch.no_grad()

@@ -1,18 +1,19 @@
 """Which features are active: L1, TopK, BatchTopK and JumpReLU, each with its own parameters.
 
-Shape legend: N rows, F features. Scores are pre-activations times the size n_i of what a feature writes, so that no
+Shape legend: F features. Scores are pre-activations times the size n_i of what a feature writes, so that no
 feature is favoured by shrinking its encoder and growing its decoder.
 """
 
-import math
 from typing import Annotated, Any, Literal
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
-from crosshead.maths.sparse import SparseCodes
+from crosshead.maths.codes import SparseCodes
+from crosshead.maths.engine import Engine
+from crosshead.maths.scan import Product, larger_entries, largest_entries, largest_per_row
 
 __all__ = [
     "L1",
@@ -105,58 +106,30 @@ def warm_coefficient(sparsity: L1 | JumpReLU, progress: float) -> float:
 
 @torch.no_grad()
 def select(
-    pre: Float[Tensor, "N F"],
+    product: Product,
     norms: Float[Tensor, " F"],
-    mask: Bool[Tensor, " N"],
     sparsity: Any,
     *,
     threshold: Float[Tensor, ""] | Float[Tensor, " F"],
     by_threshold: bool,
     progress: float = 1.0,
+    engine: Engine,
 ) -> SparseCodes:
-    """The structure of the active entries (values are zero-filled; rows outside ``mask`` stay empty).
+    """The active entries of an encoder's product, with their pre-activations outside autograd.
 
     ``by_threshold`` is inference: BatchTopK keeps scores above its calibrated ``threshold``. JumpReLU always uses
     ``threshold`` [F] on pre-activations.
     """
-    n_rows, n_features = pre.shape
     if isinstance(sparsity, JumpReLU):
-        active = (pre > threshold) & mask[:, None]
-    elif isinstance(sparsity, L1):
-        active = (pre > 0) & mask[:, None]
-    elif isinstance(sparsity, BatchTopK) and by_threshold:
-        active = (pre * norms > threshold) & (pre > 0) & mask[:, None]
-    else:
-        scores = (pre * norms).masked_fill_(~mask[:, None], 0.0).clamp_(min=0.0)
-        k = annealed_k(sparsity, 1.0 if by_threshold else progress)
-        if isinstance(sparsity, BatchTopK):
-            flat = _largest(scores.flatten(), round(k * int(mask.sum())))
-            rows, columns = flat // n_features, flat % n_features
-            return SparseCodes(rows, columns, pre.new_zeros(len(flat)), n_rows, n_features)
-        top = scores.topk(min(round(k), n_features), dim=-1, sorted=False)
-        active = torch.zeros_like(scores, dtype=torch.bool).scatter_(1, top.indices, top.values > 0)
-    rows, columns = torch.nonzero(active, as_tuple=True)
-    return SparseCodes(rows, columns, pre.new_zeros(len(rows)), n_rows, n_features)
-
-
-def _largest(scores: Float[Tensor, " n"], count: int) -> Tensor:
-    """Ascending indices of the ``count`` largest positive scores (fewer if fewer are positive).
-
-    A threshold guessed from every 16th score leaves few candidates, among which the choice is exact; the guess is
-    only trusted when it left enough of them.
-    """
-    count = min(count, len(scores))
-    stride = 16
-    sample = scores[::stride]
-    guess_rank = min(len(sample), math.ceil(1.25 * count / stride) + 64)
-    floor = sample.kthvalue(len(sample) - guess_rank + 1).values.clamp(min=0.0)
-    candidates = torch.nonzero(scores > floor).flatten()
-    if len(candidates) < count:
-        candidates = torch.nonzero(scores > 0).flatten()
-    if len(candidates) <= count:
-        return candidates
-    chosen = scores[candidates].topk(count, sorted=False).indices
-    return candidates[chosen].sort().values
+        return larger_entries(product, torch.ones_like(norms), threshold, engine)
+    if isinstance(sparsity, L1):
+        return larger_entries(product, torch.ones_like(norms), torch.zeros_like(norms), engine)
+    if isinstance(sparsity, BatchTopK) and by_threshold:
+        return larger_entries(product, norms, threshold.expand_as(norms).contiguous(), engine)
+    k = annealed_k(sparsity, 1.0 if by_threshold else progress)
+    if isinstance(sparsity, BatchTopK):
+        return largest_entries(product, norms, round(k * int(product.mask.sum())), engine)
+    return largest_per_row(product, norms, round(k), engine)
 
 
 @torch.no_grad()

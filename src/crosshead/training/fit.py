@@ -8,6 +8,7 @@ that was left alone (on CPU, at the same number of threads).
 import math
 import signal
 import threading
+import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -19,10 +20,11 @@ from tqdm import tqdm
 
 from crosshead.dictionaries.base import Batch, Dictionary, LayerWeights
 from crosshead.io.files import read_json, recover_directory, write_json
+from crosshead.maths.engine import Engine
 from crosshead.training.checkpoint import load_checkpoint, save_checkpoint
 from crosshead.training.schedules import learning_rate_factor
 
-__all__ = ["BatchSource", "FitResult", "TrainingConfig", "fit"]
+__all__ = ["BatchSource", "FitResult", "Speed", "TrainingConfig", "fit"]
 
 Metrics = dict[str, float]
 OnMetrics = Callable[[int, Metrics], None]
@@ -61,6 +63,9 @@ class TrainingConfig(BaseModel):
     """Training contexts that the start is computed from."""
     calibrate_contexts: Annotated[int, Field(gt=0)] = 64
     """Training contexts that inference thresholds are set on."""
+    engine: Engine = Engine()
+    """How sparse products are computed: memory of the encoder's product, and prices by which dense or sparse is chosen.
+    Part of the run's inputs, because the choice changes roundings."""
     autocast: Literal["none", "bf16"] = "none"
     """bf16: matrix products in bfloat16 on a GPU; ignored on the CPU."""
 
@@ -75,6 +80,27 @@ class BatchSource(Protocol):
     def sample(self, n_contexts: int, seed: int) -> list[Batch]:
         """Some contexts, in batches."""
         ...
+
+
+class Speed(NamedTuple):
+    """How fast a training went, in this process. No part of its result: two equal runs are not equally fast."""
+
+    seconds: float
+    """Steps, evaluations and checkpoints together."""
+    waited: float
+    """Seconds of these in which nothing was done but to wait for a batch."""
+    tokens: int
+    """Counted positions trained on."""
+
+    @property
+    def waited_share(self) -> float:
+        """Share of the time that went into waiting."""
+        return self.waited / self.seconds if self.seconds else 0.0
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Counted positions per second."""
+        return self.tokens / self.seconds if self.seconds else 0.0
 
 
 class FitResult(NamedTuple):
@@ -101,26 +127,33 @@ def fit(
     identity: str,
     device: str = "cpu",
     on_metrics: OnMetrics | None = None,
+    on_speed: Callable[[Speed], None] | None = None,
     description: str = "train",
 ) -> FitResult:
     """Train ``module`` in place, from the checkpoint in ``work`` if there is one; calibrate it; leave it in eval mode.
 
     ``on_metrics(step, metrics)`` is called in order, and for a step only after a checkpoint that covers it is on disk.
-    It sees every step at least once, and twice only if the process died while reporting.
+    It sees every step at least once, and twice only if the process died while reporting. ``on_speed`` is called once,
+    after the last step, about the steps of this process.
 
     Raises ValueError for a checkpoint of another ``identity`` or a damaged one, FloatingPointError when a loss is not
     finite (the last checkpoint stays), KeyboardInterrupt after a checkpoint on interrupt or SIGTERM.
     """
     module.to(device).train()
+    module.engine = config.engine
     session = _Session(module, config, identity, work, on_metrics)
     if not session.resume():
         generator = torch.Generator().manual_seed(seed)
         moved = {layer: LayerWeights(*(t.to(device) for t in w)) for layer, w in weights.items()}
         module.start_(train.sample(config.start_contexts, seed), moved, generator)
     bar = tqdm(total=config.steps, initial=session.step, desc=description, disable=None)
+    began, waited, tokens = time.perf_counter(), 0.0, int(session.tokens)
     with _StopRequest() as stop, bar:
         while session.step < config.steps:
-            session.advance(train.at(session.step), device)
+            asked = time.perf_counter()
+            batch = train.at(session.step)
+            waited += time.perf_counter() - asked
+            session.advance(batch, device)
             last = session.step == config.steps
             if last or session.step % config.evaluate_every == 0:
                 session.evaluate(heldout, seed)
@@ -129,6 +162,8 @@ def fit(
             if stop.requested:
                 raise KeyboardInterrupt(f"{description}: stopped after step {session.step}, checkpoint written")
             bar.update()
+    if on_speed is not None:
+        on_speed(Speed(time.perf_counter() - began, waited, int(session.tokens) - tokens))
     module.calibrate_(train.sample(config.calibrate_contexts, seed + 1))
     module.eval()
     silent = float((session.since_fired >= min(config.steps, 10 * config.log_every)).float().mean())

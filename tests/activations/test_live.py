@@ -1,0 +1,61 @@
+import pytest
+import torch
+
+from crosshead.activations.batches import Batches
+from crosshead.activations.cache import ActivationCache, read_manifest
+from crosshead.activations.live import LiveActivations
+from crosshead.dictionaries.base import Site
+from tests.activations.harvests import make_config, make_corpus, run_harvest
+
+SITES = (Site(1, "pattern"), Site(1, "resid_in"), Site(1, "attn_out"), Site(2, "v"))
+
+
+@pytest.fixture
+def both(tiny_model, tmp_path):
+    """The same harvest as a cache and as a stream."""
+    model = tiny_model("llama")
+    cache = ActivationCache.open(run_harvest(model, tmp_path / "cached"))
+    streamed = run_harvest(model, tmp_path / "streamed", make_config(mode="stream"))
+    return cache, LiveActivations(streamed, model, make_corpus(model))
+
+
+def test_a_stream_leaves_no_shard_and_opens_as_one(both):
+    cache, live = both
+    assert not list(live.directory.glob("*.arrow"))
+    assert read_manifest(live.directory).shards == {}
+    assert live.sites == cache.sites
+    assert live.specs == cache.specs
+    assert torch.equal(live.weights()[2].W_O, cache.weights()[2].W_O)
+
+
+def test_the_same_batches_in_the_same_order_as_from_the_cache(both):
+    sources = [Batches(source, "train", SITES, 3, seed=5) for source in both]
+    for step in (0, 1, 2, 7, 3):
+        cached, live = (batches.at(step) for batches in sources)
+        assert torch.equal(cached.tokens, live.tokens)
+        assert torch.equal(cached.mask, live.mask)
+        for site in SITES:
+            torch.testing.assert_close(live[site], cached[site], rtol=1e-4, atol=1e-5)
+    for cached, live in zip(*(batches.all() for batches in sources), strict=True):
+        assert torch.equal(cached.tokens, live.tokens)
+    assert both[0].domains("heldout") == both[1].domains("heldout")
+
+
+def test_a_control_moves_the_same_rows(both):
+    sites = (Site(1, "v"), Site(2, "v"))
+    cache = ActivationCache.open(both[0].directory)
+    with pytest.raises(ValueError, match=r"no site 1\.mlp_in"):
+        both[1].read("train", [0], [Site(1, "mlp_in")])
+    a, b = (Batches(source, "train", sites, 2, seed=1, control="other_contexts").at(4) for source in (cache, both[1]))
+    for site in sites:
+        torch.testing.assert_close(a[site], b[site], rtol=1e-4, atol=1e-5)
+
+
+def test_a_stream_of_another_corpus_or_split_is_refused(both, tiny_model):
+    live = both[1]
+    with pytest.raises(ValueError, match="made with another corpus"):
+        LiveActivations(live.directory, tiny_model("llama"), make_corpus(tiny_model("llama"), seed=1))
+    with pytest.raises(ValueError, match="no split 'test'"):
+        live.read("test", [0], [Site(1, "v")])
+    with pytest.raises(ValueError, match="context 10 is out of range"):
+        live.read("train", [10], [Site(1, "v")])

@@ -16,7 +16,8 @@ from crosshead.dictionaries.sparsity import (
     warm_coefficient,
 )
 from crosshead.maths.engine import Engine
-from crosshead.maths.scan import Product, largest_entries
+from crosshead.maths.forms import Product
+from crosshead.maths.scan import largest_entries
 
 SETTLED_TOPK = TopK(k=3, anneal_from=1.0)
 SETTLED_BATCH_TOPK = BatchTopK(k=3, anneal_from=1.0)

@@ -64,7 +64,7 @@ class HarvestConfig(BaseModel):
     sites: Annotated[tuple[LayerSites, ...], Field(min_length=1)]
     """Entries that name the same layer are joined."""
     mode: Literal["cache", "stream"] = "cache"
-    """``stream`` writes no activations: every later stage computes the batches it reads, the same ones in the same order.
+    """``stream`` writes no activations: later stages compute the batches they read, the same ones in the same order.
     For a disk that cannot hold them; each reading costs a forward pass."""
     dtype: Literal["float32", "float16"] = "float32"
     """Of everything but q and k, which are always float32. float16 is refused where an activation does not fit."""

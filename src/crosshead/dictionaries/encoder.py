@@ -20,7 +20,8 @@ from crosshead.dictionaries.sparsity import (
 )
 from crosshead.maths.codes import SparseCodes
 from crosshead.maths.engine import Engine
-from crosshead.maths.scan import Product, largest_entries
+from crosshead.maths.forms import Product
+from crosshead.maths.scan import largest_entries
 from crosshead.maths.sparse import encode
 
 __all__ = ["Activations", "SparseEncoder"]

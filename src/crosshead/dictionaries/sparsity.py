@@ -13,7 +13,8 @@ from torch import Tensor
 
 from crosshead.maths.codes import SparseCodes
 from crosshead.maths.engine import Engine
-from crosshead.maths.scan import Product, larger_entries, largest_entries, largest_per_row
+from crosshead.maths.forms import Product
+from crosshead.maths.scan import larger_entries, largest_entries, largest_per_row
 
 __all__ = [
     "L1",

@@ -58,11 +58,11 @@ class SparseCodes:
 
     def _column_order(self) -> ColumnOrder:
         if self.columns.device.type == "cpu":
-            from crosshead.maths import kernels_cpu
+            from crosshead.maths import loops
 
             order = ColumnOrder(self.columns.new_empty(self.n_features + 1), torch.empty_like(self.columns),
                                 torch.empty_like(self.columns))  # fmt: skip
-            kernels_cpu.column_order(self.row_offsets.numpy(), self.columns.numpy(), *(t.numpy() for t in order))
+            loops.column_order(self.row_offsets.numpy(), self.columns.numpy(), *(t.numpy() for t in order))
             return order
         entries = torch.argsort(self.columns, stable=True)
         counts = torch.bincount(self.columns, minlength=self.n_features)

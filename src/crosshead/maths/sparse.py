@@ -20,12 +20,11 @@ from typing import Any, NamedTuple
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
-from torch.nn import functional
 
+from crosshead.maths.backends import Backend, backend
 from crosshead.maths.codes import SparseCodes
 from crosshead.maths.engine import Engine
-from crosshead.maths.scan import Product
-from crosshead.maths.threads import balanced_ranges, on_ranges
+from crosshead.maths.forms import MixGradients, Mixing, Product
 
 __all__ = ["Encoded", "decode", "encode", "mixed_decode"]
 
@@ -103,42 +102,14 @@ class _Encode(torch.autograd.Function):
         share = x.new_zeros(s.n_features) if grad_sums is None else grad_sums.contiguous()
         counted = mask.to(x.dtype)
         codes = s.with_values(grad)
-        grad_weight = _weighted_columns(codes, x, share, counted @ x, ctx.engine)
+        grad_weight = _plain(codes, x, ctx.engine).weighted_columns(codes, x, share, counted @ x)
         grad_bias = codes.feature_sums() + counted.sum() * share
         grad_x = None
         if ctx.needs_input_grad[0]:
-            grad_x = _weighted_rows(codes, weight, ctx.engine)
+            grad_x = _plain(codes, weight, ctx.engine).weighted_rows(codes, weight)
             if grad_sums is not None:
                 grad_x = torch.addr(grad_x, counted, share @ weight)
         return grad_x, grad_weight, grad_bias, None, None, None, None
-
-
-def _weighted_columns(
-    codes: SparseCodes, table: Float[Tensor, "N X"], share: Float[Tensor, " F"], common: Float[Tensor, " X"],
-    engine: Engine,
-) -> Float[Tensor, "F X"]:  # fmt: skip
-    """Transposed codes times ``table``, plus share[i] * common in every row."""
-    if _dense(codes, 1, len(codes.columns), table.shape[1], engine):
-        return torch.addr(codes.to_dense().T @ table, share, common)
-    from crosshead.maths import kernels_cpu
-
-    order = codes.by_column
-    out = table.new_empty(codes.n_features, table.shape[1])
-    arrays = (*order, codes.values, table.contiguous(), share, common, out)
-    on_ranges(kernels_cpu.weighted_columns, balanced_ranges(order.offsets), *_numpy(arrays))
-    return out
-
-
-def _weighted_rows(codes: SparseCodes, table: Float[Tensor, "F D"], engine: Engine) -> Float[Tensor, "N D"]:
-    """Codes times ``table``."""
-    if _dense(codes, 1, len(codes.columns), table.shape[1], engine):
-        return codes.to_dense() @ table
-    from crosshead.maths import kernels_cpu
-
-    out = table.new_empty(codes.n_rows, table.shape[1])
-    arrays = (codes.row_offsets, codes.columns, codes.values, table.contiguous(), out)
-    on_ranges(kernels_cpu.weighted_rows, balanced_ranges(codes.row_offsets), *_numpy(arrays))
-    return out
 
 
 # ---- decode ----
@@ -149,101 +120,24 @@ class _Decode(torch.autograd.Function):
     def forward(ctx: Any, values: Tensor, decoder: Tensor, structure: SparseCodes, engine: Engine) -> Tensor:
         ctx.save_for_backward(values, decoder)
         ctx.structure, ctx.engine = structure, engine
-        return _weighted_rows(structure.with_values(values.detach()), decoder.detach(), engine)
+        codes, table = structure.with_values(values.detach()), decoder.detach()
+        return _plain(codes, table, engine).weighted_rows(codes, table)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         values, decoder = ctx.saved_tensors
         codes: SparseCodes = ctx.structure.with_values(values)
-        grad = gradients[0].contiguous()
-        if _dense(codes, 1, len(codes.columns), decoder.shape[1], ctx.engine):
-            products = grad @ decoder.T
-            return products[codes.rows, codes.columns], codes.to_dense().T @ grad, None, None
-        from crosshead.maths import kernels_cpu
+        grads = _plain(codes, decoder, ctx.engine).decode_gradients(codes, gradients[0].contiguous(), decoder)
+        return *grads, None, None
 
-        order = codes.by_column
-        grad_values, grad_decoder = torch.empty_like(values), torch.empty_like(decoder)
-        arrays = (*order, values, grad, decoder, grad_values, grad_decoder)
-        on_ranges(kernels_cpu.decode_columns, balanced_ranges(order.offsets), *_numpy(arrays))
-        return grad_values, grad_decoder, None, None
+
+def _plain(codes: SparseCodes, table: Float[Tensor, "rows D"], engine: Engine) -> Backend:
+    """What multiplies codes without movers with rows as wide as those of ``table``."""
+    n_rows, n_features, width = codes.n_rows, codes.n_features, table.shape[1]
+    return backend(table.device, dense=engine.prefers_dense(n_rows, n_features, 1, len(codes.columns), width))
 
 
 # ---- mixed decode ----
-
-
-class _Mix(NamedTuple):
-    """What both directions of a mixed decode work on."""
-
-    codes: SparseCodes
-    loadings_FM: Tensor
-    decoder: Tensor
-    movers: Tensor | None
-    lists: tuple[Tensor, Tensor] | None
-    """Every feature's movers one after the other, and where they begin; None for all of them."""
-    dense: bool
-
-    @classmethod
-    def of(
-        cls, codes: SparseCodes, loadings: Tensor, decoder: Tensor, movers: Tensor | None, engine: Engine
-    ) -> "_Mix":
-        n_movers, lists = len(loadings), None
-        n_moves = n_movers * len(codes.columns)
-        if movers is not None:
-            loadings = loadings * movers
-            per_feature = movers.sum(0)
-            lists = functional.pad(per_feature.cumsum(0), (1, 0)), torch.nonzero(movers.T)[:, 1].contiguous()
-            n_moves = int(per_feature[codes.columns].sum())
-        dense = _dense(codes, n_movers, n_moves, decoder.shape[1], engine)
-        return cls(codes, loadings.T.contiguous(), decoder.contiguous(), movers, lists, dense)
-
-    def rows(self, first: int, last: int) -> Float[Tensor, "n F"]:
-        """Some rows as a dense matrix."""
-        offsets = self.codes.row_offsets[first : last + 1]
-        part = slice(int(offsets[0]), int(offsets[-1]))
-        codes = SparseCodes(offsets - offsets[0], self.codes.columns[part], self.codes.values[part],
-                            self.codes.n_features)  # fmt: skip
-        return codes.to_dense()
-
-    def forward(self, out: Float[Tensor, "n M D"], first: int, last: int) -> None:
-        """Every mover's share V of rows ``first`` to ``last``."""
-        if self.dense:
-            f = self.rows(first, last)
-            for m, loadings in enumerate(self.loadings_FM.T):
-                out[:, m] = (f * loadings) @ self.decoder
-            return
-        from crosshead.maths import kernels_cpu
-
-        c = self.codes
-        inputs = (c.row_offsets, c.columns, c.values, self.loadings_FM, *(self.lists or ()), self.decoder, out)
-        kernel = kernels_cpu.mix_rows if self.lists is None else kernels_cpu.mix_rows_by_movers
-        on_ranges(kernel, balanced_ranges(c.row_offsets, first, last), *_numpy(inputs), first)
-
-    def backward(self, grad: Float[Tensor, "n M D"], first: int, last: int, outputs: "_MixGradients") -> None:
-        """Gradients of everything through rows ``first`` to ``last``, given those of their V."""
-        if not self.dense:
-            from crosshead.maths import kernels_cpu
-
-            c = self.codes
-            inputs = (c.row_offsets, c.columns, c.values, self.loadings_FM, *(self.lists or ()), self.decoder, grad)
-            kernel = kernels_cpu.unmix_columns if self.lists is None else kernels_cpu.unmix_columns_by_movers
-            ranges = balanced_ranges(c.by_column.offsets)
-            on_ranges(kernel, ranges, *_numpy(inputs), first, last, *_numpy(outputs))
-            return
-        f = self.rows(first, last)
-        grad_f = torch.zeros_like(f)
-        for m, loadings in enumerate(self.loadings_FM.T):
-            products = grad[:, m] @ self.decoder.T
-            grad_f.addcmul_(products, loadings[None])
-            outputs.loadings_FM[:, m] += (products * f).sum(0)
-            outputs.decoder.addmm_((f * loadings).T, grad[:, m])
-        part = slice(int(self.codes.row_offsets[first]), int(self.codes.row_offsets[last]))
-        outputs.values[part] = grad_f[self.codes.rows[part] - first, self.codes.columns[part]]
-
-
-class _MixGradients(NamedTuple):
-    values: Tensor
-    loadings_FM: Tensor
-    decoder: Tensor
 
 
 class _MixedDecode(torch.autograd.Function):
@@ -254,12 +148,13 @@ class _MixedDecode(torch.autograd.Function):
     ) -> Tensor:  # fmt: skip
         ctx.save_for_backward(values, loadings, decoder, patterns)
         ctx.structure, ctx.engine, ctx.movers = structure, engine, movers
-        mix = _Mix.of(structure.with_values(values.detach()), loadings.detach(), decoder.detach(), movers, engine)
+        mixing = Mixing.of(structure.with_values(values), loadings, decoder, movers)
+        products = _mixing_products(mixing, engine)
         n_contexts, _, n_positions, _ = patterns.shape
         shares_TMD = decoder.new_empty(n_positions, len(loadings), decoder.shape[1])
         y_BTD = decoder.new_empty(n_contexts, n_positions, decoder.shape[1])
         for b in range(n_contexts):
-            mix.forward(shares_TMD, b * n_positions, (b + 1) * n_positions)
+            products.mix(mixing, shares_TMD, b * n_positions, (b + 1) * n_positions)
             _apply_patterns(patterns[b], shares_TMD, y_BTD[b])
         return y_BTD
 
@@ -267,22 +162,30 @@ class _MixedDecode(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         grad_BTD = gradients[0].contiguous()
         values, loadings, decoder, patterns = ctx.saved_tensors
-        mix = _Mix.of(ctx.structure.with_values(values), loadings, decoder, ctx.movers, ctx.engine)
+        mixing = Mixing.of(ctx.structure.with_values(values), loadings, decoder, ctx.movers)
+        products = _mixing_products(mixing, ctx.engine)
         n_contexts, _, n_positions, _ = patterns.shape
         shares_TMD = decoder.new_empty(n_positions, len(loadings), decoder.shape[1])
-        grads = _MixGradients(torch.empty_like(values), torch.zeros_like(mix.loadings_FM), torch.zeros_like(decoder))
+        grads = MixGradients(torch.empty_like(values), torch.zeros_like(mixing.loadings_FM), torch.zeros_like(decoder))
         grad_patterns = torch.zeros_like(patterns) if ctx.needs_input_grad[3] else None
         for b in range(n_contexts):
             first, last = b * n_positions, (b + 1) * n_positions
             if grad_patterns is not None:
-                mix.forward(shares_TMD, first, last)
+                products.mix(mixing, shares_TMD, first, last)
                 grad_patterns[b] = (grad_BTD[b] @ shares_TMD[:, 1:].permute(1, 2, 0)).tril()
             _transpose_patterns(patterns[b], grad_BTD[b], shares_TMD)
-            mix.backward(shares_TMD, first, last, grads)
+            products.unmix(mixing, shares_TMD, first, last, grads)
         grad_loadings = grads.loadings_FM.T
         if ctx.movers is not None:
             grad_loadings = grad_loadings * ctx.movers
         return grads.values, grad_loadings, grads.decoder, grad_patterns, None, None, None
+
+
+def _mixing_products(mixing: Mixing, engine: Engine) -> Backend:
+    n_movers, width = mixing.loadings_FM.shape[1], mixing.decoder.shape[1]
+    codes = mixing.codes
+    dense = engine.prefers_dense(codes.n_rows, codes.n_features, n_movers, mixing.n_moves, width)
+    return backend(mixing.decoder.device, dense=dense)
 
 
 def _apply_patterns(
@@ -305,17 +208,3 @@ def _transpose_patterns(
         last = min(first + _BLOCK, len(grad_TD))
         for h, pattern in enumerate(patterns_HTT):
             torch.mm(pattern[first:, first:last].T, grad_TD[first:], out=shares_TMD[first:last, h + 1])
-
-
-# ---- dense or sparse ----
-
-
-def _dense(codes: SparseCodes, n_movers: int, n_moves: int, width: int, engine: Engine) -> bool:
-    """Whether to multiply dense matrices; always where there are no kernels."""
-    if codes.columns.device.type != "cpu":
-        return True
-    return engine.prefers_dense(codes.n_rows, codes.n_features, n_movers, n_moves, width)
-
-
-def _numpy(tensors: Any) -> list[Any]:
-    return [tensor.detach().numpy() for tensor in tensors]

@@ -6,6 +6,7 @@ As many threads as torch uses. They wait for the whole result, so kernels and to
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,7 @@ def even_ranges(size: int) -> Ranges:
     """0 to ``size`` in one stretch per thread."""
     n_threads = max(1, min(torch.get_num_threads(), size))
     edges = [size * i // n_threads for i in range(n_threads + 1)]
-    return list(zip(edges[:-1], edges[1:], strict=True))
+    return list(pairwise(edges))
 
 
 def balanced_ranges(offsets: Int[Tensor, " size+1"], first: int = 0, last: int | None = None) -> Ranges:
@@ -36,7 +37,7 @@ def balanced_ranges(offsets: Int[Tensor, " size+1"], first: int = 0, last: int |
     n_threads = max(1, min(torch.get_num_threads(), last - first))
     targets = work[0] + (work[-1] - work[0]) * np.arange(1, n_threads) / n_threads
     edges = [first, *(int(i) for i in first + np.searchsorted(work, targets)), last]
-    return [(a, b) for a, b in zip(edges[:-1], edges[1:], strict=True) if b > a]
+    return [(a, b) for a, b in pairwise(edges) if b > a]
 
 
 def on_ranges(kernel: Callable[..., None], ranges: Ranges, *arguments: Any) -> None:

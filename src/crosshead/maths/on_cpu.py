@@ -1,0 +1,125 @@
+"""The sparse engine on the CPU: compiled loops, one stretch of rows or features per thread.
+
+Shape legend: see ``maths.sparse``, which says what every function computes. All backends offer the same functions.
+"""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn import functional
+
+from crosshead.maths import loops
+from crosshead.maths.codes import SparseCodes
+from crosshead.maths.engine import Engine
+from crosshead.maths.forms import MixGradients, Mixing, Product
+from crosshead.maths.threads import balanced_ranges, even_ranges, on_ranges
+
+__all__ = ["decode_gradients", "larger_entries", "largest_per_row", "mix", "unmix", "weighted_columns", "weighted_rows"]
+
+
+def larger_entries(product: Product, scale: Tensor, level: Tensor, engine: Engine) -> SparseCodes:
+    """All entries whose score exceeds its feature's level."""
+    parts = [_read_larger(product, columns, tile, scale[columns], level[columns])
+             for columns, tile in product.tiles(engine)]  # fmt: skip
+    return parts[0] if len(parts) == 1 else _joined(parts)
+
+
+def _read_larger(
+    product: Product, columns: slice, tile: Float[Tensor, "N C"], scale: Float[Tensor, " C"], level: Float[Tensor, " C"]
+) -> SparseCodes:
+    ranges = even_ranges(len(tile))
+    inputs = [t.numpy() for t in (tile, product.bias[columns], scale, level, product.mask)]
+    counts = torch.empty(len(tile), dtype=torch.long)
+    on_ranges(loops.count_above, ranges, *inputs, counts.numpy())
+    offsets = functional.pad(counts.cumsum(0), (1, 0))
+    found = torch.empty(int(offsets[-1]), dtype=torch.long)
+    values = tile.new_empty(len(found))
+    on_ranges(loops.fill_above, ranges, *inputs, offsets.numpy(), columns.start, found.numpy(), values.numpy())
+    return SparseCodes(offsets, found, values, len(product.weight))
+
+
+def _joined(parts: list[SparseCodes]) -> SparseCodes:
+    """Tiles side by side."""
+    counts = torch.stack([part.row_offsets.diff() for part in parts])
+    offsets = functional.pad(counts.sum(0).cumsum(0), (1, 0))
+    starts = offsets[:-1] + counts.cumsum(0) - counts
+    columns = parts[0].columns.new_empty(int(offsets[-1]))
+    values = parts[0].values.new_empty(len(columns))
+    for part, start in zip(parts, starts, strict=True):
+        arrays = (part.row_offsets, part.columns, part.values, start, columns, values)
+        on_ranges(loops.place_rows, even_ranges(len(start)), *_numpy(arrays))
+    return SparseCodes(offsets, columns, values, parts[0].n_features)
+
+
+def largest_per_row(product: Product, scale: Tensor, k: int, engine: Engine) -> SparseCodes:
+    """The k largest positive scores of every row."""
+    n_rows = len(product.x)
+    ranges = even_ranges(n_rows)
+    sizes = torch.zeros(n_rows, dtype=torch.long)
+    scores, values = product.x.new_empty(n_rows, k), product.x.new_empty(n_rows, k)
+    kept = torch.empty(n_rows, k, dtype=torch.long)
+    for columns, tile in product.tiles(engine):
+        inputs = _numpy((tile, product.bias[columns], scale[columns], product.mask))
+        on_ranges(loops.offer_rows, ranges, *inputs, columns.start, *_numpy((sizes, scores, kept, values)))
+    offsets = functional.pad(sizes.cumsum(0), (1, 0))
+    found = torch.empty(int(offsets[-1]), dtype=torch.long)
+    found_values = product.x.new_empty(len(found))
+    on_ranges(loops.sort_rows, ranges, *_numpy((offsets, kept, values, found, found_values)))
+    return SparseCodes(offsets, found, found_values, len(product.weight))
+
+
+def weighted_rows(codes: SparseCodes, table: Float[Tensor, "F D"]) -> Float[Tensor, "N D"]:
+    """Codes times ``table``."""
+    out = table.new_empty(codes.n_rows, table.shape[1])
+    arrays = (codes.row_offsets, codes.columns, codes.values, table.contiguous(), out)
+    on_ranges(loops.weighted_rows, balanced_ranges(codes.row_offsets), *_numpy(arrays))
+    return out
+
+
+def weighted_columns(
+    codes: SparseCodes, table: Float[Tensor, "N X"], share: Float[Tensor, " F"], common: Float[Tensor, " X"]
+) -> Float[Tensor, "F X"]:
+    """Transposed codes times ``table``, plus share[i] * common in every row."""
+    order = codes.by_column
+    out = table.new_empty(codes.n_features, table.shape[1])
+    arrays = (*order, codes.values, table.contiguous(), share, common, out)
+    on_ranges(loops.weighted_columns, balanced_ranges(order.offsets), *_numpy(arrays))
+    return out
+
+
+def decode_gradients(
+    codes: SparseCodes, grad: Float[Tensor, "N D"], decoder: Float[Tensor, "F D"]
+) -> tuple[Float[Tensor, " Z"], Float[Tensor, "F D"]]:
+    """Gradients of values and decoder, given those of codes times decoder."""
+    order = codes.by_column
+    grad_values, grad_decoder = torch.empty_like(codes.values), torch.empty_like(decoder)
+    arrays = (*order, codes.values, grad, decoder, grad_values, grad_decoder)
+    on_ranges(loops.decode_columns, balanced_ranges(order.offsets), *_numpy(arrays))
+    return grad_values, grad_decoder
+
+
+def mix(mixing: Mixing, out: Float[Tensor, "n M D"], first: int, last: int) -> None:
+    """Every mover's share of rows ``first`` to ``last``."""
+    codes = mixing.codes
+    kernel = loops.mix_rows if mixing.lists is None else loops.mix_rows_by_movers
+    ranges = balanced_ranges(codes.row_offsets, first, last)
+    on_ranges(kernel, ranges, *_inputs(mixing), *_numpy([mixing.decoder, out]), first)
+
+
+def unmix(mixing: Mixing, grad: Float[Tensor, "n M D"], first: int, last: int, into: MixGradients) -> None:
+    """Add the gradients of everything through rows ``first`` to ``last``, given those of the movers' shares."""
+    kernel = loops.unmix_columns if mixing.lists is None else loops.unmix_columns_by_movers
+    ranges = balanced_ranges(mixing.codes.by_column.offsets)
+    on_ranges(kernel, ranges, *_inputs(mixing), *_numpy([mixing.decoder, grad]), first, last, *_numpy(into))
+
+
+def _inputs(mixing: Mixing) -> list[Any]:
+    codes = mixing.codes
+    return _numpy((codes.row_offsets, codes.columns, codes.values, mixing.loadings_FM, *(mixing.lists or ())))
+
+
+def _numpy(tensors: Iterable[Tensor]) -> list[Any]:
+    return [tensor.detach().numpy() for tensor in tensors]

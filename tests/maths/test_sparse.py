@@ -20,20 +20,24 @@ class Problem:
     """Random tensors of one layer; ``active`` has an empty row and a dead feature, ``mask`` leaves out a position."""
 
     def __init__(self, seed, density, contexts=2, positions=7, features=17, d_in=5, d_out=6, heads=3,
-                 dtype=torch.float64):  # fmt: skip
+                 dtype=torch.float64, device="cpu"):  # fmt: skip
+        self.device = device
         self.generator = torch.Generator().manual_seed(seed)
         self.dtype, rows = dtype, contexts * positions
         self.x, self.weight, self.bias = self.draw(rows, d_in), self.draw(features, d_in), self.draw(features)
         self.loadings, self.decoder = self.draw(heads + 1, features), self.draw(features, d_out)
         self.patterns = torch.softmax(self.draw(contexts, heads, positions, positions), -1).tril()
-        self.mask = torch.rand(rows, generator=self.generator) < 0.9
-        self.active = torch.rand(rows, features, generator=self.generator) < density
+        self.mask = self.uniform(rows) < 0.9
+        self.active = self.uniform(rows, features) < density
         self.active &= self.mask[:, None]
         self.active[0], self.active[:, features // 2] = False, False
-        self.movers = torch.rand(heads + 1, features, generator=self.generator) < 0.4
+        self.movers = self.uniform(heads + 1, features) < 0.4
 
     def draw(self, *shape):
-        return torch.randn(*shape, generator=self.generator, dtype=torch.float64).to(self.dtype)
+        return torch.randn(*shape, generator=self.generator, dtype=torch.float64).to(self.device, self.dtype)
+
+    def uniform(self, *shape):
+        return torch.rand(*shape, generator=self.generator).to(self.device)
 
 
 problems = st.builds(
@@ -74,7 +78,7 @@ def compare(p: Problem, engine, tolerance, movers=None):
     tensors = (p.x, p.weight, p.bias, p.loadings, p.decoder, p.patterns)
     ours_in, oracle_in = leaves(*tensors, dtype=p.dtype), leaves(*tensors)
     ours, expected = whole(p, ours_in, engine, movers), oracle(p, oracle_in, movers)
-    upstream = [torch.randn(t.shape, generator=p.generator, dtype=torch.float64) for t in expected]
+    upstream = [p.draw(*t.shape).double() for t in expected]
     for a, b in zip(ours, expected, strict=True):
         assert (a - b).norm() <= tolerance * (b.norm() + 1e-30)
     ours_g = torch.autograd.grad(sum((a * u.to(p.dtype)).sum() for a, u in zip(ours, upstream, strict=True)), ours_in)

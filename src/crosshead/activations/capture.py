@@ -35,11 +35,8 @@ def capture(model: LanguageModel, tokens: Int[Tensor, "B T"], sites: Sequence[Si
     its dtype; patterns are float32, recomputed from q and k. ValueError for a layer out of range, a site the model has
     not, contexts longer than the model allows, or a family that cannot be captured.
     """
-    check_tokens(model, tokens)
-    for site in sites:
-        check_site(model, site)
-    wanted = stored_sites(sites)
     found: dict[Site, Tensor] = {}
+    wanted = stored_sites(sites)
 
     def keep(site: Site, tensor: Tensor) -> None:
         # A copy: the model may go on to change its tensors in place, and a view of fused q, k, v would hold all three.
@@ -47,9 +44,13 @@ def capture(model: LanguageModel, tokens: Int[Tensor, "B T"], sites: Sequence[Si
         if len(found) == len(wanted):
             raise _AllSeen
 
-    if wanted:
-        with tapped(model, wanted, keep), suppress(_AllSeen):
-            model.model(tokens.to(model.device), use_cache=False)
+    with model.running:
+        check_tokens(model, tokens)
+        for site in sites:
+            check_site(model, site)
+        if wanted:
+            with tapped(model, wanted, keep), suppress(_AllSeen):
+                model.model(tokens.to(model.device), use_cache=False)
     # Some families hand their MLP one long list of positions.
     shaped = {site: tensor.view(tokens.shape[0], *site_shape(site, model.dims, tokens.shape[1]))
               for site, tensor in found.items()}  # fmt: skip

@@ -1,5 +1,7 @@
 """Where the arithmetic runs."""
 
+import ctypes
+from contextlib import suppress
 from typing import Annotated, Literal
 
 import torch
@@ -19,8 +21,22 @@ class Machine(BaseModel):
     """Threads of the tensor library on the CPU."""
 
     def prepare(self) -> str:
-        """Set the threads; return the device. ValueError when cuda is asked for and absent."""
+        """Set the threads, keep freed memory; return the device. ValueError when cuda is asked for and absent."""
         torch.set_num_threads(self.threads)
+        _keep_freed_memory()
         if self.device == "cuda" and not torch.cuda.is_available():
             raise ValueError("machine.device = cuda: this machine has no CUDA device; write auto or cpu")
         return ("cuda" if torch.cuda.is_available() else "cpu") if self.device == "auto" else self.device
+
+
+def _keep_freed_memory() -> None:
+    """Tell glibc to hand freed memory to the next tensor instead of the system.
+
+    Every training step frees gradients as large as the weights. Getting fresh pages for them each time took a third of
+    a backward pass with 32,768 features.
+    """
+    with suppress(AttributeError, OSError):  # another C library
+        mallopt = ctypes.CDLL(None).mallopt
+        trim_threshold, mmap_threshold = -1, -3
+        mallopt(mmap_threshold, 2**30)
+        mallopt(trim_threshold, 2**31 - 1)

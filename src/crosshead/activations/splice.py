@@ -121,7 +121,7 @@ def splice(
         where = mask[:, None, :, None] if replacement.ndim == 4 else mask[:, :, None]
         return torch.where(where, replacement, tensor.view(replacement.shape)).view(tensor.shape)
 
-    with ExitStack() as stack:
+    with model.running, ExitStack() as stack:
         if prefix is not None:  # first, so that a replacement at the entrance of its layer comes after it
             stack.enter_context(_beginning_at(model, prefix))
         stack.enter_context(tapped(model, list(replacements), overwrite))

@@ -35,6 +35,8 @@ class Engine(BaseModel):
 
     tile_mib: Annotated[float, Field(gt=0)] = 8.0
     """Largest part of the encoder's product [N, F] that is in memory at once, in MiB."""
+    shares_mib: Annotated[float, Field(gt=0)] = 8.0
+    """Largest part of the movers' shares [N, M, D] that is in memory at once, in MiB; at least one context."""
     form: Literal["auto", "sparse", "dense"] = "auto"
     """Multiply non-zeros only, or dense matrices; auto takes the cheaper one, batch by batch."""
     costs: Costs = Costs()

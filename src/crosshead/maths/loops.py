@@ -19,6 +19,8 @@ __all__ = [
     "count_above",
     "decode_columns",
     "fill_above",
+    "interleave_patterns",
+    "keep_largest",
     "mix_rows",
     "mix_rows_by_movers",
     "offer_rows",
@@ -130,6 +132,40 @@ def sort_rows(offsets, kept_columns, kept_values, columns, values, first, last):
         for i in range(size):
             columns[offsets[n] + i] = kept_columns[n, order[i]]
             values[offsets[n] + i] = kept_values[n, order[i]]
+
+
+@_compiled
+def keep_largest(row_offsets, columns, values, scale, least, n_ties, kept_offsets, kept_columns, kept_values):
+    """Entries whose score exceeds ``least``, and the first ``n_ties`` of those that equal it."""
+    at = 0
+    for n in range(len(row_offsets) - 1):
+        kept_offsets[n] = at
+        for j in range(row_offsets[n], row_offsets[n + 1]):
+            score = values[j] * scale[columns[j]]
+            if score > least or (score == least and n_ties > 0):
+                if score == least:
+                    n_ties -= 1
+                kept_columns[at] = columns[j]
+                kept_values[at] = values[j]
+                at += 1
+    kept_offsets[len(row_offsets) - 1] = at
+
+
+# ---- patterns ----
+
+
+@_compiled
+def interleave_patterns(patterns, block, out, first, last):
+    """out[t, s, m] = [t = s] for m = 0, pattern_m-1(t, s) above, for all s up to the end of t's block."""
+    n_heads, n_positions, _ = patterns.shape
+    for t in range(first, last):
+        end = min((t // block + 1) * block, n_positions)
+        for s in range(end):
+            out[t, s, 0] = 0
+        for h in range(n_heads):
+            for s in range(end):
+                out[t, s, h + 1] = patterns[h, t, s]
+        out[t, t, 0] = 1
 
 
 # ---- structure ----

@@ -12,7 +12,18 @@ from crosshead.maths.codes import SparseCodes
 from crosshead.maths.engine import Engine
 from crosshead.maths.forms import MixGradients, Mixing, Product
 
-__all__ = ["decode_gradients", "larger_entries", "largest_per_row", "mix", "unmix", "weighted_columns", "weighted_rows"]
+__all__ = [
+    "apply_patterns",
+    "decode_gradients",
+    "keep_largest",
+    "larger_entries",
+    "largest_per_row",
+    "mix",
+    "transpose_patterns",
+    "unmix",
+    "weighted_columns",
+    "weighted_rows",
+]
 
 
 def larger_entries(product: Product, scale: Tensor, level: Tensor, engine: Engine) -> SparseCodes:
@@ -46,6 +57,17 @@ def largest_per_row(product: Product, scale: Tensor, k: int, engine: Engine) -> 
     positive = best.gather(1, order) > 0
     offsets = functional.pad(positive.sum(1).cumsum(0), (1, 0))
     return SparseCodes(offsets, columns[positive], values.gather(1, order)[positive], len(product.weight))
+
+
+def keep_largest(codes: SparseCodes, scale: Float[Tensor, " F"], count: int) -> SparseCodes:
+    """The ``count`` largest scores of some codes; the first of equal ones."""
+    scores = codes.values * scale[codes.columns]
+    least = scores.kthvalue(len(scores) - count + 1).values
+    kept = scores > least
+    ties = torch.nonzero(scores == least).flatten()
+    kept[ties[: count - int(kept.sum())]] = True
+    offsets = functional.pad(kept.cumsum(0), (1, 0))[codes.row_offsets]
+    return SparseCodes(offsets, codes.columns[kept], codes.values[kept], codes.n_features)
 
 
 def weighted_rows(codes: SparseCodes, table: Float[Tensor, "F D"]) -> Float[Tensor, "N D"]:
@@ -86,6 +108,22 @@ def unmix(mixing: Mixing, grad: Float[Tensor, "n M D"], first: int, last: int, i
         into.decoder.addmm_((f * loadings).T, grad[:, m])
     part = slice(int(codes.row_offsets[first]), int(codes.row_offsets[last]))
     into.values[part] = grad_f[codes.rows[part] - first, codes.columns[part]]
+
+
+def apply_patterns(
+    patterns: Float[Tensor, "C H T T"], shares: Float[Tensor, "C T M D"], out: Float[Tensor, "C T D"]
+) -> None:
+    """out[t] = shares[t, 0] + sum over h and s <= t of pattern_h(t, s) shares[s, h+1]."""
+    moved = patterns.tril().transpose(1, 2).flatten(2) @ shares[:, :, 1:].transpose(1, 2).flatten(1, 2)
+    out.copy_(shares[:, :, 0] + moved)
+
+
+def transpose_patterns(
+    patterns: Float[Tensor, "C H T T"], grad: Float[Tensor, "C T D"], shares: Float[Tensor, "C T M D"]
+) -> None:
+    """The gradient of every mover's share at its source, written over ``shares``."""
+    shares[:, :, 0] = grad
+    shares[:, :, 1:] = (patterns.tril().transpose(-1, -2) @ grad[:, None]).transpose(1, 2)
 
 
 def _dense_rows(codes: SparseCodes, first: int, last: int) -> Float[Tensor, "n F"]:

@@ -15,7 +15,6 @@ import math
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.nn import functional
 
 from crosshead.maths.backends import backend
 from crosshead.maths.codes import SparseCodes
@@ -25,7 +24,7 @@ from crosshead.maths.forms import Product
 __all__ = ["larger_entries", "largest_entries", "largest_per_row"]
 
 # A floor too low costs some candidates, one too high the whole product again.
-_SAMPLE_SIDE, _SAMPLE_MARGIN, _SAMPLE_SPARE = 256, 1.5, 32
+_SAMPLE_SIDE, _SAMPLE_MARGIN, _SAMPLE_SPARE = 128, 1.4, 32
 
 
 @torch.no_grad()
@@ -51,19 +50,13 @@ def largest_entries(product: Product, scale: Float[Tensor, " F"], count: int, en
     too high, and everything is scanned again without it.
     """
     product, scale = product.detach(), scale.detach()
-    floor = _guess_floor(product, scale, count)
+    floor = _guess_floor(product, scale, count) if count else math.inf
     candidates = larger_entries(product, scale, torch.full_like(scale, floor), engine)
     if len(candidates.columns) < count and floor > 0:
         candidates = larger_entries(product, scale, torch.zeros_like(scale), engine)
     if len(candidates.columns) <= count:
         return candidates
-    scores = candidates.values * scale[candidates.columns]
-    least = scores.kthvalue(len(scores) - count + 1).values if count else scores.new_tensor(math.inf)
-    kept = scores > least
-    ties = torch.nonzero(scores == least).flatten()
-    kept[ties[: count - int(kept.sum())]] = True
-    offsets = functional.pad(kept.cumsum(0), (1, 0))[candidates.row_offsets]
-    return SparseCodes(offsets, candidates.columns[kept], candidates.values[kept], candidates.n_features)
+    return backend(product.x.device).keep_largest(candidates, scale, count)
 
 
 def _guess_floor(product: Product, scale: Float[Tensor, " F"], count: int) -> float:

@@ -15,6 +15,8 @@ In ``mixed_decode`` the heads are fused: every active decoder row is read once f
 context, so one [T, M, D] is in memory at a time, and V is not kept for backward.
 """
 
+import math
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -27,8 +29,6 @@ from crosshead.maths.engine import Engine
 from crosshead.maths.forms import MixGradients, Mixing, Product
 
 __all__ = ["Encoded", "decode", "encode", "mixed_decode"]
-
-_BLOCK = 128  # query positions that share one causal cut of the keys
 
 
 class Encoded(NamedTuple):
@@ -85,25 +85,23 @@ class _Encode(torch.autograd.Function):
         with_sums: bool,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(x, weight, mask)
+        counted = mask.to(x.dtype)
+        common, n_counted = counted @ x, counted.sum()
+        sums = torch.addmv(n_counted * bias, weight, common) if with_sums else bias.new_empty(0)
+        ctx.save_for_backward(_working(x), weight, counted, common, n_counted)
         ctx.structure, ctx.engine = structure, engine
-        sums = bias.new_empty(0)
-        if with_sums:
-            counted = mask.to(x.dtype)
-            sums = torch.addmv(counted.sum() * bias, weight, counted @ x)
         return structure.values.clone(), sums
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-        x, weight, mask = ctx.saved_tensors
-        s: SparseCodes = ctx.structure
+        x, weight, counted, common, n_counted = ctx.saved_tensors
+        structure: SparseCodes = ctx.structure
         grad, grad_sums = gradients
-        grad = x.new_zeros(len(s.columns)) if grad is None else grad.contiguous()
-        share = x.new_zeros(s.n_features) if grad_sums is None else grad_sums.contiguous()
-        counted = mask.to(x.dtype)
-        codes = s.with_values(grad)
-        grad_weight = _plain(codes, x, ctx.engine).weighted_columns(codes, x, share, counted @ x)
-        grad_bias = codes.feature_sums() + counted.sum() * share
+        grad = common.new_zeros(len(structure.columns)) if grad is None else grad.contiguous()
+        share = common.new_zeros(structure.n_features) if grad_sums is None else grad_sums.contiguous()
+        codes = structure.with_values(grad)
+        grad_weight = _plain(codes, x, ctx.engine).weighted_columns(codes, x, share, common)
+        grad_bias = codes.feature_sums() + n_counted * share
         grad_x = None
         if ctx.needs_input_grad[0]:
             grad_x = _plain(codes, weight, ctx.engine).weighted_rows(codes, weight)
@@ -118,17 +116,18 @@ class _Encode(torch.autograd.Function):
 class _Decode(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, values: Tensor, decoder: Tensor, structure: SparseCodes, engine: Engine) -> Tensor:
-        ctx.save_for_backward(values, decoder)
+        table = _working(decoder)
+        ctx.save_for_backward(values, table)
         ctx.structure, ctx.engine = structure, engine
-        codes, table = structure.with_values(values.detach()), decoder.detach()
+        codes = structure.with_values(values.detach())
         return _plain(codes, table, engine).weighted_rows(codes, table)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        values, decoder = ctx.saved_tensors
+        values, table = ctx.saved_tensors
         codes: SparseCodes = ctx.structure.with_values(values)
-        grads = _plain(codes, decoder, ctx.engine).decode_gradients(codes, gradients[0].contiguous(), decoder)
-        return *grads, None, None
+        grad = gradients[0].to(table.dtype).contiguous()
+        return *_plain(codes, table, ctx.engine).decode_gradients(codes, grad, table), None, None
 
 
 def _plain(codes: SparseCodes, table: Float[Tensor, "rows D"], engine: Engine) -> Backend:
@@ -146,35 +145,34 @@ class _MixedDecode(torch.autograd.Function):
         ctx: Any, values: Tensor, loadings: Tensor, decoder: Tensor, patterns: Tensor, structure: SparseCodes,
         engine: Engine, movers: Tensor | None,
     ) -> Tensor:  # fmt: skip
-        ctx.save_for_backward(values, loadings, decoder, patterns)
+        table, patterns = _working(decoder), _working(patterns)
+        ctx.save_for_backward(values, loadings, table, patterns)
         ctx.structure, ctx.engine, ctx.movers = structure, engine, movers
-        mixing = Mixing.of(structure.with_values(values), loadings, decoder, movers)
-        products = _mixing_products(mixing, engine)
-        n_contexts, _, n_positions, _ = patterns.shape
-        shares_TMD = decoder.new_empty(n_positions, len(loadings), decoder.shape[1])
-        y_BTD = decoder.new_empty(n_contexts, n_positions, decoder.shape[1])
-        for b in range(n_contexts):
-            products.mix(mixing, shares_TMD, b * n_positions, (b + 1) * n_positions)
-            _apply_patterns(patterns[b], shares_TMD, y_BTD[b])
+        mixing = Mixing.of(structure.with_values(values), loadings, table, movers)
+        products, moves = _mixing_products(mixing, engine), backend(table.device)
+        y_BTD = decoder.new_empty(len(patterns), patterns.shape[2], table.shape[1])
+        for contexts, rows, shares_CTMD in _context_groups(mixing, patterns, engine):
+            products.mix(mixing, shares_CTMD.flatten(0, 1), rows.start, rows.stop)
+            moves.apply_patterns(patterns[contexts], shares_CTMD, y_BTD[contexts])
         return y_BTD
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        grad_BTD = gradients[0].contiguous()
-        values, loadings, decoder, patterns = ctx.saved_tensors
-        mixing = Mixing.of(ctx.structure.with_values(values), loadings, decoder, ctx.movers)
-        products = _mixing_products(mixing, ctx.engine)
-        n_contexts, _, n_positions, _ = patterns.shape
-        shares_TMD = decoder.new_empty(n_positions, len(loadings), decoder.shape[1])
-        grads = MixGradients(torch.empty_like(values), torch.zeros_like(mixing.loadings_FM), torch.zeros_like(decoder))
+        values, loadings, table, patterns = ctx.saved_tensors
+        grad_BTD = gradients[0].to(table.dtype).contiguous()
+        mixing = Mixing.of(ctx.structure.with_values(values), loadings, table, ctx.movers)
+        products, moves = _mixing_products(mixing, ctx.engine), backend(table.device)
+        grads = MixGradients(torch.empty_like(values), torch.zeros_like(mixing.loadings_FM),
+                             torch.zeros_like(table, dtype=values.dtype))  # fmt: skip
         grad_patterns = torch.zeros_like(patterns) if ctx.needs_input_grad[3] else None
-        for b in range(n_contexts):
-            first, last = b * n_positions, (b + 1) * n_positions
+        for contexts, rows, shares_CTMD in _context_groups(mixing, patterns, ctx.engine):
+            shares = shares_CTMD.flatten(0, 1)
             if grad_patterns is not None:
-                products.mix(mixing, shares_TMD, first, last)
-                grad_patterns[b] = (grad_BTD[b] @ shares_TMD[:, 1:].permute(1, 2, 0)).tril()
-            _transpose_patterns(patterns[b], grad_BTD[b], shares_TMD)
-            products.unmix(mixing, shares_TMD, first, last, grads)
+                products.mix(mixing, shares, rows.start, rows.stop)
+                moved = torch.einsum("ctd,cshd->chts", grad_BTD[contexts], shares_CTMD[:, :, 1:])
+                grad_patterns[contexts] = moved.tril()
+            moves.transpose_patterns(patterns[contexts], grad_BTD[contexts], shares_CTMD)
+            products.unmix(mixing, shares, rows.start, rows.stop, grads)
         grad_loadings = grads.loadings_FM.T
         if ctx.movers is not None:
             grad_loadings = grad_loadings * ctx.movers
@@ -182,29 +180,28 @@ class _MixedDecode(torch.autograd.Function):
 
 
 def _mixing_products(mixing: Mixing, engine: Engine) -> Backend:
-    n_movers, width = mixing.loadings_FM.shape[1], mixing.decoder.shape[1]
-    codes = mixing.codes
+    """What takes the movers' shares and their gradients."""
+    codes, (n_movers, width) = mixing.codes, (mixing.loadings_FM.shape[1], mixing.decoder.shape[1])
     dense = engine.prefers_dense(codes.n_rows, codes.n_features, n_movers, mixing.n_moves, width)
     return backend(mixing.decoder.device, dense=dense)
 
 
-def _apply_patterns(
-    patterns_HTT: Float[Tensor, "H T T"], shares_TMD: Float[Tensor, "T M D"], out_TD: Float[Tensor, "T D"]
-) -> None:
-    """out[t] = shares[t, 0] + sum over h and s <= t of pattern_h(t, s) shares[s, h+1]."""
-    out_TD.copy_(shares_TMD[:, 0])
-    for first in range(0, len(out_TD), _BLOCK):
-        last = min(first + _BLOCK, len(out_TD))
-        for h, pattern in enumerate(patterns_HTT):
-            out_TD[first:last].addmm_(pattern[first:last, :last], shares_TMD[:last, h + 1])
+def _context_groups(
+    mixing: Mixing, patterns: Float[Tensor, "B H T T"], engine: Engine
+) -> Iterator[tuple[slice, slice, Float[Tensor, "C T M D"]]]:
+    """Some contexts, their rows, and memory for the movers' shares of them, which the next ones get again."""
+    n_contexts, _, n_positions, _ = patterns.shape
+    shape = (n_positions, mixing.loadings_FM.shape[1], mixing.decoder.shape[1])
+    bytes_each = math.prod(shape) * mixing.decoder.element_size()
+    size = min(max(1, int(engine.shares_mib * 2**20 / max(1, bytes_each))), n_contexts)
+    memory = mixing.decoder.new_empty(size, *shape)
+    for first in range(0, n_contexts, size):
+        last = min(first + size, n_contexts)
+        yield slice(first, last), slice(first * n_positions, last * n_positions), memory[: last - first]
 
 
-def _transpose_patterns(
-    patterns_HTT: Float[Tensor, "H T T"], grad_TD: Float[Tensor, "T D"], shares_TMD: Float[Tensor, "T M D"]
-) -> None:
-    """The gradient of every mover's share at its source."""
-    shares_TMD[:, 0] = grad_TD
-    for first in range(0, len(grad_TD), _BLOCK):
-        last = min(first + _BLOCK, len(grad_TD))
-        for h, pattern in enumerate(patterns_HTT):
-            torch.mm(pattern[first:, first:last].T, grad_TD[first:], out=shares_TMD[first:last, h + 1])
+def _working(tensor: Tensor) -> Tensor:
+    """The tensor in the type that products have: autocast's, where it is on."""
+    kind = tensor.device.type
+    on = kind != "cpu" and torch.is_autocast_enabled(kind)
+    return tensor.detach().to(torch.get_autocast_dtype(kind)) if on else tensor.detach()

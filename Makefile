@@ -1,11 +1,12 @@
 # `make findings` and `make test` do the whole job from a bare machine with Python 3.11 or later.
 .DEFAULT_GOAL := help
-.PHONY: help findings test check flow ui publish sync calibrate interrupt clean
+.PHONY: help findings test check flow ui publish sync calibrate bench interrupt clean
 
 PROFILE ?= laptop
 PYTHON ?= $(firstword $(foreach name,python3.11 python3.12 python3.13 python3,$(shell command -v $(name))))
 WORKERS ?= 1
 PYTEST_ARGS ?=
+BENCH_ARGS ?=
 
 VENV := .venv
 STAMP := $(VENV)/.installed
@@ -63,6 +64,10 @@ sync: $(STAMP) ## rewrite code dependencies in dvc.yaml and its copies in the pr
 
 calibrate: $(STAMP) ## measure dense and sparse prices here, write them into the parameters (PROFILE=...; retrains everything)
 	@python -m flows.calibrate --params $(PARAMS)
+
+bench: $(STAMP) ## time our steps beside the peers', needs the laptop profile's data (BENCH_ARGS=...)
+	@dvc repro harvest
+	@python -m benchmarks.run $(BENCH_ARGS)
 
 interrupt: $(STAMP) ## kill `make findings` three times, compare with a run left alone (PROFILE=smoke)
 	@python -m tests.flows.interrupt --profile $(PROFILE)

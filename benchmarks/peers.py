@@ -1,0 +1,99 @@
+"""The peers' training steps, on the same weights and rows. Runs in their environment."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+Step = Callable[[], Any]
+
+
+def build(implementation: str, inputs: Path, *, l0: int, rows: int, optimiser: bool = False) -> Step:
+    """A step: zero gradients, forward, backward, and Adam's update if ``optimiser``."""
+    tensors = load_file(str(inputs / "plain.safetensors"))
+    x, weight, decoder = tensors["x"][:rows].contiguous(), tensors["weight"], tensors["decoder"]
+    bias = tensors[f"bias-{l0}"]
+    module, loss = _IMPLEMENTATIONS[implementation](x, weight, bias, decoder, l0)
+    adam = torch.optim.Adam(module.parameters(), lr=1e-5, fused=True) if optimiser else None
+
+    def step() -> None:
+        module.zero_grad(set_to_none=True)
+        loss().backward()
+        if adam is not None:
+            adam.step()
+
+    return step
+
+
+def _saelens(architecture: str) -> Callable[..., tuple[nn.Module, Callable[[], Tensor]]]:
+    def make(x: Tensor, weight: Tensor, bias: Tensor, decoder: Tensor, l0: int) -> tuple[nn.Module, Callable]:
+        import sae_lens.saes as saes
+        from sae_lens.saes.sae import TrainStepInput
+
+        features, width = weight.shape
+        common = {"d_in": width, "d_sae": features, "device": "cpu", "dtype": "float32"}
+        if architecture == "standard":
+            sae: Any = saes.StandardTrainingSAE(saes.StandardTrainingSAEConfig(**common, l1_coefficient=0.5))
+        elif architecture == "topk":
+            sae = saes.TopKTrainingSAE(saes.TopKTrainingSAEConfig(**common, k=l0))
+        else:
+            sae = saes.JumpReLUTrainingSAE(saes.JumpReLUTrainingSAEConfig(**common, l0_coefficient=0.5))
+        with torch.no_grad():
+            sae.W_enc.copy_(weight.T)
+            sae.W_dec.copy_(decoder)
+            sae.b_enc.copy_(bias)
+        dead = torch.zeros(features, dtype=torch.bool)
+        coefficients = {name: float(getattr(c, "value", c)) for name, c in sae.get_coefficients().items()}
+        given = {"sae_in": x, "coefficients": coefficients, "dead_neuron_mask": dead, "n_training_steps": 1}
+        fields = TrainStepInput.__dataclass_fields__
+        given |= {name: True for name in ("is_logging_step",) if name in fields}
+        step_input = TrainStepInput(**{name: value for name, value in given.items() if name in fields})
+        return sae, lambda: sae.training_forward_pass(step_input).loss
+
+    return make
+
+
+def _sparsify(x: Tensor, weight: Tensor, bias: Tensor, decoder: Tensor, l0: int) -> tuple[nn.Module, Callable]:
+    from sparsify import SparseCoder, SparseCoderConfig
+
+    coder: Any = SparseCoder(x.shape[1], SparseCoderConfig(num_latents=len(weight), k=l0), device="cpu")
+    with torch.no_grad():
+        coder.encoder.weight.copy_(weight)
+        coder.encoder.bias.copy_(bias)
+        coder.W_dec.copy_(decoder)
+    return coder, lambda: coder(x).fvu
+
+
+def _dictionary_learning(kind: str) -> Callable[..., tuple[nn.Module, Callable[[], Tensor]]]:
+    def make(x: Tensor, weight: Tensor, bias: Tensor, decoder: Tensor, l0: int) -> tuple[nn.Module, Callable]:
+        common = {"steps": 100_000, "activation_dim": x.shape[1], "dict_size": len(weight), "layer": 0,
+                  "lm_name": "bench", "device": "cpu"}  # fmt: skip
+        if kind == "standard":
+            from dictionary_learning.trainers.standard import StandardTrainerAprilUpdate
+
+            trainer: Any = StandardTrainerAprilUpdate(**common, l1_penalty=0.5)
+        else:
+            from dictionary_learning.trainers.top_k import TopKTrainer
+
+            trainer = TopKTrainer(**common, k=l0)
+        module = trainer.ae
+        with torch.no_grad():
+            module.encoder.weight.copy_(weight)
+            module.encoder.bias.copy_(bias)
+            module.decoder.weight.copy_(decoder.T)
+        return module, lambda: trainer.loss(x, step=10)
+
+    return make
+
+
+_IMPLEMENTATIONS = {
+    "saelens/standard": _saelens("standard"),
+    "saelens/topk": _saelens("topk"),
+    "saelens/jumprelu": _saelens("jumprelu"),
+    "dictionary_learning/standard": _dictionary_learning("standard"),
+    "dictionary_learning/topk": _dictionary_learning("topk"),
+    "sparsify/topk": _sparsify,
+}

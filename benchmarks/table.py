@@ -1,0 +1,67 @@
+"""The measurements as latest.json, a dated table and plots."""
+
+from pathlib import Path
+from typing import Any
+
+import matplotlib.pyplot as plt
+
+from crosshead.io.files import write_json, write_text
+
+__all__ = ["write_tables"]
+
+_HEAD = (
+    "| work | implementation | N | F | L0 | ms | encoder products | of ours | peak MiB |",
+    f"|---|---{'|--:' * 7}|",
+)
+
+
+def write_tables(home: Path, result: dict[str, Any]) -> None:
+    """Write latest.json, <date>.md and steps.png into ``home``."""
+    write_json(home / "latest.json", result)
+    machine = ", ".join(f"{name} {value}" for name, value in result["machine"].items())
+    lines = [
+        f"# Measured on {result['date']}",
+        "",
+        f"{machine}. Milliseconds mean little elsewhere; *encoder products* is the time of a step over that of a",
+        "preallocated `mm` of the encoder's shape right before it, *of ours* is over our first row's step in the same",
+        "round. Medians over pairs of neighbouring turns. Written by `make bench`.",
+        "",
+        *_HEAD,
+        *(_line(row) for row in result["rows"]),
+        "",
+        "![Steps in encoder products](steps.png)",
+        "",
+    ]
+    write_text(home / f"{result['date']}.md", "\n".join(lines))
+    _plot(home / "steps.png", result["rows"])
+
+
+def _line(row: dict[str, Any]) -> str:
+    shape = row["shape"]
+    cells = [row["work"], row["implementation"], *(str(shape.get(name, "")) for name in ("N", "F", "L0"))]
+    if "error" in row:
+        return f"| {' | '.join(cells)} | {row['error'][:80]} | | | |"
+    cells.append(f"{row['seconds_median'] * 1e3:,.0f}")
+    cells.append("" if row["ratio_to_encoder_product"] is None else f"{row['ratio_to_encoder_product']:.2f}")
+    cells.append(f"{row['ratio_to_ours']:.2f}")
+    cells.append("" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 2**20:,.0f}")
+    return f"| {' | '.join(cells)} |"
+
+
+def _plot(path: Path, rows: list[dict[str, Any]]) -> None:
+    """How a step's price in encoder products falls with the number of features."""
+    works = [work for work in dict.fromkeys(row["work"] for row in rows) if " step" in work and "Adam" not in work]
+    figure, axes = plt.subplots(1, max(1, len(works)), figsize=(4.2 * max(1, len(works)), 3.6), squeeze=False)
+    for axis, work in zip(axes[0], works, strict=False):
+        chosen = [row for row in rows if row["work"] == work and row["shape"].get("N") == 1024
+                  and row["shape"]["L0"] == 64 and "error" not in row]  # fmt: skip
+        for name in dict.fromkeys(row["implementation"] for row in chosen):
+            points = sorted((row["shape"]["F"], row["ratio_to_encoder_product"]) for row in chosen
+                            if row["implementation"] == name)  # fmt: skip
+            axis.plot(*zip(*points, strict=True), marker="o", label=name, linewidth=2 if name.startswith("ours") else 1)
+        axis.axhline(1.0, color="grey", linewidth=1, linestyle=":")
+        axis.set(title=work, xlabel="features", xscale="log", yscale="log", ylabel="encoder products")
+        axis.legend(fontsize=7)
+    figure.tight_layout()
+    figure.savefig(path, dpi=130)
+    plt.close(figure)

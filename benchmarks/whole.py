@@ -1,0 +1,162 @@
+"""What is measured as a whole: harvest, fit, clustering, the smoke profile. One process, our environment."""
+
+import shutil
+import statistics
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from crosshead.activations.base_model import LanguageModel, load_model
+from crosshead.activations.batches import Batches
+from crosshead.activations.cache import ActivationCache
+from crosshead.activations.capture import capture
+from crosshead.activations.corpus import Corpus
+from crosshead.analysis.clustering import _labels
+from crosshead.dictionaries.base import Site
+from crosshead.dictionaries.registry import build, config_class
+from crosshead.io.files import read_json
+from crosshead.training.fit import Speed, TrainingConfig, fit
+
+__all__ = ["whole_rows"]
+
+CONTEXTS = 4
+
+
+def whole_rows(root: Path, data: Path, pairs: int) -> Iterator[dict[str, Any]]:
+    """Rows in the form of latest.json."""
+    yield from _harvest(data, pairs)
+    yield from _fit(data)
+    yield from _kmeans(min(pairs, 3))
+    yield from _smoke(root)
+
+
+def _harvest(data: Path, pairs: int) -> Iterator[dict[str, Any]]:
+    """Capturing the laptop profile's sites beside the bare forward pass, and beside transformers' own outputs."""
+    model, corpus = load_model(data / "model", device="cpu"), Corpus.load(data / "corpus")
+    layers = read_json(data / "survey" / "layers.json")
+    first, second = layers["first"], layers["second"]
+    sites = [Site(first, name) for name in ("resid_in", "q", "k", "v", "attn_out", "resid_out")]  # pyright: ignore
+    sites.append(Site(second, "v"))
+    ways: dict[str, Callable[[torch.Tensor], Any]] = {
+        "ours/capture": lambda tokens: capture(model, tokens, sites),
+        "transformers/truncated forward": lambda tokens: _bare(model, tokens, second),
+        "transformers/hidden states and attentions": lambda tokens: _hidden_states(model, tokens, second),
+    }
+    shape = {"N": CONTEXTS * corpus.context_length, "T": corpus.context_length, "d": model.dims.d_model}
+    batches = [corpus.tokens("train", slice(i, i + CONTEXTS)) for i in range(0, CONTEXTS * (pairs + 1), CONTEXTS)]
+    yield from _by_turns("harvest, forward passes", shape, ways, batches)
+
+
+def _by_turns(
+    work: str, shape: dict[str, int], ways: dict[str, Callable[[Any], Any]], inputs: list[Any]
+) -> Iterator[dict[str, Any]]:
+    """Time every way on every input, one after the other; the first input warms up."""
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    for given in inputs:
+        for name, way in ways.items():
+            start = time.perf_counter()
+            way(given)
+            seconds[name].append(time.perf_counter() - start)
+    ours = seconds[next(iter(ways))][1:]
+    for name, own in seconds.items():
+        yield {"work": work, "implementation": name, "shape": shape, "seconds_median": statistics.median(own[1:]),
+               "peak_bytes": None, "ratio_to_encoder_product": None,
+               "ratio_to_ours": statistics.median(a / b for a, b in zip(own[1:], ours, strict=True)),
+               "pairs": len(ours)}  # fmt: skip
+
+
+class _Reached(Exception):  # noqa: N818 - a signal
+    pass
+
+
+@torch.no_grad()
+def _bare(model: LanguageModel, tokens: torch.Tensor, layer: int) -> None:
+    """The same forward pass as ours, to the values of ``layer``, with nothing kept."""
+
+    def stop(*_: Any) -> None:
+        raise _Reached
+
+    attention = model.model.get_submodule(f"model.layers.{layer}.self_attn.v_proj")
+    hook = attention.register_forward_hook(stop)
+    try:
+        model.model(tokens, use_cache=False)
+    except _Reached:
+        pass
+    finally:
+        hook.remove()
+
+
+@torch.no_grad()
+def _hidden_states(model: LanguageModel, tokens: torch.Tensor, layer: int) -> None:
+    """What transformers offers for it: all hidden states and patterns of a model cut after ``layer``."""
+    inner: Any = model.model.get_submodule("model")
+    layers, implementation = inner.layers, model.model.config._attn_implementation
+    inner.layers = layers[: layer + 1]
+    model.model.config._attn_implementation = "eager"
+    try:
+        inner(tokens, use_cache=False, output_hidden_states=True, output_attentions=True)
+    finally:
+        inner.layers = layers
+        model.model.config._attn_implementation = implementation
+
+
+def _fit(data: Path) -> Iterator[dict[str, Any]]:
+    """Positions per second of whole trainings, batches from the cache included."""
+    cache, layer = ActivationCache.open(data / "cache"), read_json(data / "survey" / "layers.json")["first"]
+    for kind, features in (("mtc", 2048), ("mtc", 8192), ("attn_out_sae", 8192)):
+        config = config_class(kind).model_validate(
+            {"kind": kind, "layers": [layer], "features": features, "sparsity": {"kind": "batch_topk", "k": 64}}
+        )
+        module = build(config, cache.dims)
+        sites = (*module.sites, *module.start_sites)
+        train, heldout = (Batches(cache, split, wanted, 4, 0)
+                          for split, wanted in (("train", sites), ("heldout", module.sites)))  # fmt: skip
+        schedule = TrainingConfig(steps=60, start_contexts=8, calibrate_contexts=4, evaluate_every=60,
+                                  checkpoint_every=60)  # fmt: skip
+        told: list[Speed] = []
+        with tempfile.TemporaryDirectory() as work:
+            fit(module, train, heldout, cache.weights(), schedule, seed=0, work=Path(work), identity="bench",
+                on_speed=told.append)  # fmt: skip
+        shape = {"N": CONTEXTS * cache.context_length, "T": cache.context_length, "d": cache.dims.d_model,
+                 "F": features, "L0": 64}  # fmt: skip
+        yield {"work": f"fit, {kind}", "implementation": "ours/batch_topk", "shape": shape,
+               "seconds_median": told[0].seconds / 60, "peak_bytes": None, "ratio_to_encoder_product": None,
+               "ratio_to_ours": 1.0, "pairs": 1, "positions_per_second": told[0].tokens_per_second,
+               "waited_share": told[0].waited_share}  # fmt: skip
+
+
+def _kmeans(pairs: int) -> Iterator[dict[str, Any]]:
+    """Clusters of 100,000 loading vectors over 20 heads: the clustering stage beside scikit-learn's mini-batches."""
+    from sklearn.cluster import KMeans, MiniBatchKMeans
+
+    generator = np.random.default_rng(0)
+    vectors = generator.standard_normal((100_000, 20)) * generator.random(20)
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    ways: dict[str, Callable[[Any], Any]] = {
+        "ours/clustering stage": lambda seed: _labels(vectors, 256, seed),
+        "scikit-learn/KMeans": lambda seed: KMeans(256, n_init="auto", random_state=seed).fit(vectors),
+        "scikit-learn/MiniBatchKMeans": lambda seed: MiniBatchKMeans(256, n_init="auto", random_state=seed).fit(
+            vectors
+        ),
+    }
+    yield from _by_turns("k-means, 256 clusters", {"F": 100_000, "H": 20}, ways, list(range(pairs + 1)))
+
+
+def _smoke(root: Path) -> Iterator[dict[str, Any]]:
+    """The smoke profile from nothing, in a copy of the work tree, in this environment."""
+    with tempfile.TemporaryDirectory() as directory:
+        copy = Path(directory) / "copy"
+        subprocess.run(["git", "clone", "--quiet", str(root), str(copy)], check=True)
+        (copy / ".venv").symlink_to(Path(shutil.which("python") or "python").parents[1])
+        start = time.perf_counter()
+        subprocess.run(["make", "-o", ".venv/.installed", "findings", "PROFILE=smoke"], cwd=copy, check=True,
+                       stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)  # fmt: skip
+        seconds = time.perf_counter() - start
+    yield {"work": "smoke profile", "implementation": "ours", "shape": {}, "seconds_median": seconds,
+           "peak_bytes": None, "ratio_to_encoder_product": None, "ratio_to_ours": 1.0, "pairs": 1}  # fmt: skip

@@ -1,0 +1,92 @@
+"""A process that builds steps and times them when it is told to. Runs in either environment.
+
+    python -m benchmarks.worker ours|peers
+
+Reads one JSON object per line, answers with one. ``build`` makes a step of an implementation and warms it up;
+``run`` times it once, right after a preallocated product of the encoder's shape; ``peak`` says by how much resident
+memory grew during one step. Nothing is timed before it was asked for, so the driver decides who runs when.
+"""
+
+import contextlib
+import importlib
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+Step = Callable[[], Any]
+
+
+def main() -> None:
+    """Serve until the input ends."""
+    torch.set_num_threads(int(os.environ.get("CROSSHEAD_BENCH_THREADS", "2")))
+    build = importlib.import_module(f"benchmarks.{sys.argv[1]}").build
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what libraries print is no answer
+    steps: dict[str, tuple[Step, Step]] = {}
+    for line in sys.stdin:
+        message = json.loads(line)
+        try:
+            answer = _answer(message, steps, build)
+        except Exception as error:  # the driver notes it beside the row
+            answer = {"error": f"{type(error).__name__}: {error}"}
+        print(json.dumps(answer), file=answers, flush=True)
+
+
+def _answer(message: dict[str, Any], steps: dict[str, tuple[Step, Step]], build: Callable[..., Step]) -> dict[str, Any]:
+    match message["do"]:
+        case "build":
+            step = build(message["implementation"], Path(message["inputs"]), **message["options"])
+            product = _encoder_product(message["shape"])
+            for _ in range(message["warm"]):
+                step()
+                product()
+            steps[message["key"]] = step, product
+            return {}
+        case "run":
+            step, product = steps[message["key"]]
+            return {"product": _seconds(product), "seconds": _seconds(step)}
+        case "peak":
+            return {"peak_bytes": _peak(steps[message["key"]][0])}
+        case "forget":
+            steps.clear()
+            return {}
+        case other:
+            raise ValueError(f"unknown request {other!r}")
+
+
+def _encoder_product(shape: dict[str, int]) -> Step:
+    x, weight = torch.randn(shape["N"], shape["d"]), torch.randn(shape["F"], shape["d"])
+    out = torch.empty(shape["N"], shape["F"])
+    return lambda: torch.mm(x, weight.T, out=out)
+
+
+def _seconds(step: Step) -> float:
+    start = time.perf_counter()
+    step()
+    return time.perf_counter() - start
+
+
+def _peak(step: Step) -> int:
+    """Growth of resident memory during a step over what was there before it (Linux)."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
+    before = _status("VmRSS")
+    step()
+    return max(0, _status("VmHWM") - before)
+
+
+def _status(name: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(f"{name}:"):
+            return int(line.split()[1]) * 1024
+    raise ValueError(f"/proc/self/status has no {name}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,8 +1,10 @@
 """The peers' training steps, on the same weights and rows. Runs in their environment."""
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 import torch
 from safetensors.torch import load_file
@@ -49,7 +51,7 @@ def _saelens(architecture: str) -> Callable[..., tuple[nn.Module, Callable[[], T
         coefficients = {name: float(getattr(c, "value", c)) for name, c in sae.get_coefficients().items()}
         given = {"sae_in": x, "coefficients": coefficients, "dead_neuron_mask": dead, "n_training_steps": 1}
         fields = TrainStepInput.__dataclass_fields__
-        given |= {name: True for name in ("is_logging_step",) if name in fields}
+        given["is_logging_step"] = False
         step_input = TrainStepInput(**{name: value for name, value in given.items() if name in fields})
         return sae, lambda: sae.training_forward_pass(step_input).loss
 
@@ -69,6 +71,9 @@ def _sparsify(x: Tensor, weight: Tensor, bias: Tensor, decoder: Tensor, l0: int)
 
 def _dictionary_learning(kind: str) -> Callable[..., tuple[nn.Module, Callable[[], Tensor]]]:
     def make(x: Tensor, weight: Tensor, bias: Tensor, decoder: Tensor, l0: int) -> tuple[nn.Module, Callable]:
+        # The package imports nnsight for its activation buffer; a version that fits would replace transformers.
+        for name in ("nnsight", "nnsight.intervention"):
+            sys.modules.setdefault(name, MagicMock())
         common = {"steps": 100_000, "activation_dim": x.shape[1], "dict_size": len(weight), "layer": 0,
                   "lm_name": "bench", "device": "cpu"}  # fmt: skip
         if kind == "standard":

@@ -6,9 +6,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
+from crosshead.maths import on_cpu
 from crosshead.maths.codes import SparseCodes
 from crosshead.maths.engine import Engine
-from crosshead.maths.forms import Product
+from crosshead.maths.forms import MixGradients, Mixing, Product
 from crosshead.maths.scan import larger_entries, largest_entries, largest_per_row
 from crosshead.maths.sparse import decode, encode, mixed_decode
 
@@ -104,25 +105,31 @@ def test_every_gradient_agrees_in_float32(engine, density, few):
     compare(p, engine, 1e-5, p.movers if few else None)
 
 
-@pytest.mark.parametrize("threads", [1, 2, 3])
-def test_no_bit_depends_on_the_number_of_threads(threads):
-    p = Problem(4, 0.3, contexts=2, positions=40, features=31, heads=5)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("few", [False, True])
+def test_no_bit_of_the_loops_depends_on_the_number_of_threads(few, dtype):
+    p = Problem(4, 0.3, contexts=2, positions=40, features=31, d_out=70, heads=5, dtype=dtype)
+    codes = SparseCodes.from_dense(p.draw(80, 31) * p.active)
+    mixing = Mixing.of(codes, p.loadings, p.decoder, p.movers if few else None)
+    grad, shares = p.draw(80, 70), p.draw(80, 6, 70)
 
-    def outcome():
-        parameters = leaves(p.x, p.weight, p.bias, p.loadings, p.decoder)
-        y, z, fired, sums = whole(p, [*parameters, p.patterns], FORMS[0])
-        return y, z, *torch.autograd.grad(y.square().sum() + z.square().sum() + (fired * sums).sum(), parameters)
+    def outcome(threads):
+        before = torch.get_num_threads()
+        torch.set_num_threads(threads)
+        try:
+            mixed, into = torch.empty_like(shares), MixGradients(codes.values.clone(), p.loadings.T.contiguous(),
+                                                                 p.decoder.clone())  # fmt: skip
+            on_cpu.mix(mixing, mixed, 0, 80)
+            on_cpu.unmix(mixing, shares, 0, 80, into)
+            columns = on_cpu.weighted_columns(codes, grad, p.bias, grad[0])
+            return mixed, *into, columns, on_cpu.weighted_rows(codes, p.decoder), *on_cpu.decode_gradients(
+                codes, grad, p.decoder)  # fmt: skip
+        finally:
+            torch.set_num_threads(before)
 
-    before = torch.get_num_threads()
-    alone = outcome()
-    torch.set_num_threads(threads)
-    try:
-        # Torch's own products may differ; those of the kernels may not.
-        p.x.requires_grad_(False)
-        for a, b in zip(outcome(), alone, strict=True):
-            assert_close(a, b, rtol=1e-13, atol=1e-13)
-    finally:
-        torch.set_num_threads(before)
+    alone = outcome(1)
+    for threads in (2, 3, 100):
+        assert all(torch.equal(a, b) for a, b in zip(outcome(threads), alone, strict=True))
 
 
 @pytest.mark.parametrize("tile_mib", [1e-6, 3e-4, 1e-3, 8.0])

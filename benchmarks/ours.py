@@ -16,21 +16,30 @@ from crosshead.dictionaries.registry import build as build_dictionary
 from crosshead.dictionaries.registry import load_dictionary
 from crosshead.io.tensors import load_tensors
 from crosshead.maths.forms import Product
-from crosshead.maths.scan import largest_entries
+from crosshead.maths.scan import largest_entries, largest_per_row
 
 Step = Callable[[], Any]
 
 
-def build(implementation: str, inputs: Path, *, l0: int, rows: int, optimiser: bool = False) -> Step:
-    """A step: zero gradients, loss, backward, and Adam's update if ``optimiser``."""
-    Machine(device="cpu", threads=torch.get_num_threads()).prepare()
+def build(
+    implementation: str, inputs: Path, *, l0: int, rows: int, positions: int, heads: int | None = None,
+    optimiser: bool = False, keep_memory: bool = True,
+) -> Step:  # fmt: skip
+    """A step: zero gradients, loss, backward, and Adam's update if ``optimiser``.
+
+    ``positions`` of every context and the first ``heads`` heads are used; ``keep_memory`` is ``Machine.prepare``.
+    """
+    if keep_memory:
+        Machine(device="cpu", threads=torch.get_num_threads()).prepare()
     form, _, variant = implementation.partition("/")
-    batch = read_batch(inputs, rows)
-    module = at_l0(load_dictionary(inputs / "dictionary"), batch, form, l0).train()
+    batch, trained = read_batch(inputs, rows, positions), load_dictionary(inputs / "dictionary")
+    if heads is not None:
+        batch, trained = first_heads(batch, trained, heads)
+    module = at_l0(trained, batch, form, l0).train()
     loss = {
         "": lambda: module.loss(batch, 1.0).total,
-        "feature-side": lambda: naive_mtc_loss(module, batch, l0, feature_side=True),
-        "decoder-side": lambda: naive_mtc_loss(module, batch, l0, feature_side=False),
+        "feature-side": lambda: naive_mtc_loss(module, batch, feature_side=True),
+        "decoder-side": lambda: naive_mtc_loss(module, batch, feature_side=False),
     }[variant]
     adam = torch.optim.Adam(module.parameters(), lr=1e-5, fused=True) if optimiser else None
 
@@ -43,19 +52,39 @@ def build(implementation: str, inputs: Path, *, l0: int, rows: int, optimiser: b
     return step
 
 
-def read_batch(inputs: Path, rows: int) -> Batch:
-    """The first contexts of the saved batch."""
+def read_batch(inputs: Path, rows: int, positions: int) -> Batch:
+    """The first positions of the first contexts of the saved batch."""
     tensors = load_tensors(inputs / "batch.safetensors", "run `make bench` again")
-    mask, tokens = tensors.pop("mask"), tensors.pop("tokens")
-    contexts = rows // mask.shape[1]
-    sites = {Site(int(name.split(".")[0]), name.split(".")[1]): tensor[:contexts].clone()  # pyright: ignore
-             for name, tensor in tensors.items()}  # fmt: skip
-    return Batch(sites, mask[:contexts].clone(), tokens[:contexts].clone())
+    contexts = rows // positions
+    mask, tokens = (tensors.pop(name)[:contexts, :positions].clone() for name in ("mask", "tokens"))
+    sites: dict[Site, Tensor] = {}
+    for name, tensor in tensors.items():
+        layer, site = name.split(".")
+        first = tensor[:contexts, ..., :positions, :positions] if site == "pattern" else tensor[:contexts, :positions]
+        sites[Site(int(layer), site)] = first.contiguous()  # pyright: ignore[reportArgumentType]
+    return Batch(sites, mask, tokens)
+
+
+@torch.no_grad()
+def first_heads(batch: Batch, trained: Any, heads: int) -> tuple[Batch, Dictionary]:
+    """A multitoken transcoder and its batch with fewer heads."""
+    dims = trained.dims.model_copy(update={"n_heads": heads, "n_kv_heads": 1})
+    module = build_dictionary(trained.config, dims)
+    state = trained.state_dict()
+    state |= {"loadings": state["loadings"][: heads + 1], "bos": state["bos"][:heads],
+              "pattern_gram": state["pattern_gram"][: heads + 1, : heads + 1]}  # fmt: skip
+    module.load_state_dict(state)
+    sites = {site: tensor[:, :heads].contiguous() if site.name == "pattern" else tensor
+             for site, tensor in batch.sites.items()}  # fmt: skip
+    return Batch(sites, batch.mask, batch.tokens), module
 
 
 @torch.no_grad()
 def at_l0(trained: Dictionary, batch: Batch, form: str, l0: int) -> Dictionary:
-    """The trained dictionary with another form of sparsity, biases shifted alike so that ``l0`` features are active."""
+    """The trained dictionary with another form of sparsity, biases shifted alike so that ``l0`` features are active.
+
+    For TopK they are shifted until every row has as many positive entries: the peers decode k entries of every row.
+    """
     sparsity: dict[str, Any] = {
         "topk": {"kind": "topk", "k": l0, "anneal_from": 1.0},
         "batch_topk": {"kind": "batch_topk", "k": l0, "anneal_from": 1.0},
@@ -72,6 +101,9 @@ def at_l0(trained: Dictionary, batch: Batch, form: str, l0: int) -> Dictionary:
     lifted = encoder.bias + 1e3  # so that every entry is positive
     best = largest_entries(Product(x, encoder.weight, lifted, mask), ones, count, module.engine)
     encoder.bias -= best.values.min() - 1e3
+    if form == "topk":
+        per_row = largest_per_row(Product(x, encoder.weight, encoder.bias + 1e3, mask), ones, l0, module.engine)
+        encoder.bias -= per_row.values.min() - 1e3 - 1e-3
     if form == "jumprelu":
         theta = 0.1 * float(best.values.std())
         encoder.log_threshold.fill_(torch.tensor(theta).log())
@@ -84,15 +116,12 @@ def encoder_inputs(module: Any, batch: Batch) -> Tensor:
     return module.inputs(batch) if module.config.kind == "mtc" else module._inputs(batch)
 
 
-def naive_mtc_loss(module: Any, batch: Batch, l0: int, *, feature_side: bool) -> Tensor:
-    """The same loss with dense matrices and autograd, features moved head by head before or after decoding."""
+def naive_mtc_loss(module: Any, batch: Batch, *, feature_side: bool) -> Tensor:
+    """The L1 loss with dense matrices and autograd, features moved head by head before or after decoding."""
     x, mask = encoder_inputs(module, batch), batch.mask
-    pre = torch.addmm(module.encoder.bias, x, module.encoder.weight.T)
-    with torch.no_grad():
-        scores = (pre * module.feature_norms()).masked_fill(~mask.flatten()[:, None], 0.0)
-        least = scores.flatten().kthvalue(scores.numel() - l0 * int(mask.sum()) + 1).values.clamp(min=1e-30)
-        active = scores >= least
-    f = (pre * active).view(*mask.shape, -1)
+    f = torch.relu(torch.addmm(module.encoder.bias, x, module.encoder.weight.T)) * mask.flatten()[:, None]
+    penalty = module.config.sparsity.coefficient * (f.sum(0) * module.feature_norms()).sum()
+    f = f.view(*mask.shape, -1)
     pattern = batch[Site(module.layer, "pattern")]
     if feature_side:
         moved = f * module.loadings[0]
@@ -104,4 +133,4 @@ def naive_mtc_loss(module: Any, batch: Batch, l0: int, *, feature_side: bool) ->
         for h in range(pattern.shape[1]):
             y = y + pattern[:, h] @ ((f * module.loadings[h + 1]) @ module.decoder)
     y = y + pattern[..., 0].transpose(1, 2) @ module.bos + module.decoder_bias
-    return (y - module.target(batch))[mask].square().sum() / mask.sum()
+    return ((y - module.target(batch))[mask].square().sum() + penalty) / mask.sum()

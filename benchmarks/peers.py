@@ -1,5 +1,6 @@
 """The peers' training steps, on the same weights and rows. Runs in their environment."""
 
+import ctypes
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -13,11 +14,20 @@ from torch import Tensor, nn
 Step = Callable[[], Any]
 
 
-def build(implementation: str, inputs: Path, *, l0: int, rows: int, optimiser: bool = False) -> Step:
-    """A step: zero gradients, forward, backward, and Adam's update if ``optimiser``."""
+def build(
+    implementation: str, inputs: Path, *, l0: int, rows: int, optimiser: bool = False, keep_memory: bool = True
+) -> Step:
+    """A step: zero gradients, forward, backward, and Adam's update if ``optimiser``.
+
+    ``keep_memory`` gives the peers the same allocator settings as ours.
+    """
+    if keep_memory:
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(-3, 2**30)
+        mallopt(-1, 2**31 - 1)
     tensors = load_file(str(inputs / "plain.safetensors"))
     x, weight, decoder = tensors["x"][:rows].contiguous(), tensors["weight"], tensors["decoder"]
-    bias = tensors[f"bias-{l0}"]
+    bias = tensors[f"topk-bias-{l0}" if implementation.endswith("topk") else f"bias-{l0}"]
     module, loss = _IMPLEMENTATIONS[implementation](x, weight, bias, decoder, l0)
     adam = torch.optim.Adam(module.parameters(), lr=1e-5, fused=True) if optimiser else None
 

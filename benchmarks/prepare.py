@@ -12,7 +12,7 @@ from crosshead.activations.cache import ActivationCache
 from crosshead.activations.machine import Machine
 from crosshead.dictionaries.base import Batch
 from crosshead.dictionaries.registry import build, config_class
-from crosshead.io.files import read_json
+from crosshead.io.files import fingerprint, read_json, sha256_file
 from crosshead.io.tensors import save_tensors
 from crosshead.training.fit import TrainingConfig, fit
 
@@ -21,11 +21,13 @@ __all__ = ["L0S", "prepare"]
 L0S = (32, 64, 200)
 CONTEXTS = 16
 STEPS = 60
+_FORMAT = 2
 
 
 def prepare(data: Path, home: Path, kind: str, features: int) -> Path:
     """Train one dictionary of the first layer for ``STEPS`` steps, or take the one that is there; return its folder."""
-    folder = home / f"{kind}-{features}"
+    made_of = [sha256_file(data / "cache" / "manifest.json"), STEPS, CONTEXTS, _FORMAT]
+    folder = home / f"{kind}-{features}-{fingerprint(made_of)}"
     if (folder / "done").exists():
         return folder
     Machine(device="cpu", threads=torch.get_num_threads()).prepare()
@@ -54,8 +56,12 @@ def prepare(data: Path, home: Path, kind: str, features: int) -> Path:
 
 @torch.no_grad()
 def _save_plain(folder: Path, module: Any, batch: Batch) -> None:
-    """What the peers need: counted rows, weights, and a bias for every L0."""
-    biases = {f"bias-{l0}": at_l0(module, batch, "l1", l0).encoder.bias.detach().clone() for l0 in L0S}  # pyright: ignore
+    """What the peers need: all rows (those that do not count are zero), weights, and biases for every L0."""
+    biases = {}
+    for l0 in L0S:
+        for form, name in (("l1", f"bias-{l0}"), ("topk", f"topk-bias-{l0}")):
+            other: Any = at_l0(module, batch, form, l0)
+            biases[name] = other.encoder.bias.detach().clone()
     save_file(
         {
             "x": encoder_inputs(module, batch).contiguous(),

@@ -1,10 +1,11 @@
 """Time our steps beside the peers' on this machine: ``make bench``.
 
-    python -m benchmarks.run [--data data/laptop] [--pairs 7] [--only PATTERN] [--quick]
+    python -m benchmarks.run [--data data/laptop] [--pairs 7] [--only PATTERN]
 
 Implementations of one work take turns, one step each, and every turn begins with a preallocated product of the
 encoder's shape in the same process: a machine that slows down slows all of them. Ratios are medians of the ratios of
-neighbouring turns. Writes latest.json, a dated table and plots beside this file.
+neighbouring turns. Writes latest.json, a dated table and plots beside this file; with --only it prints and writes
+nothing. Memory is measured in a process of its own for every row, with the allocator's default settings.
 """
 
 import argparse
@@ -37,7 +38,7 @@ PEER_STEPS = {
     "topk": ("ours:topk", "peers:sparsify/topk", "peers:saelens/topk", "peers:dictionary_learning/topk"),
     "jumprelu": ("ours:jumprelu", "peers:saelens/jumprelu"),
 }
-DENSE = re.compile("standard|jumprelu|/(feature|decoder)-side")
+DENSE = re.compile("peers:.*(standard|jumprelu)|-side")
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,8 @@ class Side:
     process: Any = field(init=False)
 
     def __post_init__(self) -> None:
-        environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_WAIT_POLICY": "passive", "WANDB_MODE": "disabled"}
+        environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_WAIT_POLICY": "passive", "WANDB_MODE": "disabled",
+                                    "SPARSIFY_DISABLE_TRITON": "1"}  # fmt: skip
         self.process = subprocess.Popen(
             [str(self.python), "-m", "benchmarks.worker", self.name], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
             stderr=(HOME / f"{self.name}.log").open("w"), text=True, cwd=ROOT, env=environment,
@@ -82,54 +84,78 @@ def works() -> Iterator[Work]:
                 shape = {"N": rows, "T": POSITIONS, "d": WIDTH, "F": features, "H": 1, "L0": l0}
                 for form, implementations in PEER_STEPS.items():
                     # Dense steps cost the same at every L0: once is enough.
-                    kept = tuple(i for i in implementations if l0 == 64 or not DENSE.search(i.split(":")[1]))
+                    kept = tuple(i for i in implementations if l0 == 64 or not DENSE.search(i))
                     yield Work(f"sae step, {form}", kept, "attn_out_sae", shape)
-                naive = ("ours:batch_topk/feature-side", "ours:batch_topk/decoder-side")
-                ours = ("ours:batch_topk", "ours:l1-pre")
-                kept = ours + (naive if l0 == 64 and rows == 1024 else ())
-                yield Work("mtc step", kept, "mtc", shape | {"H": MOVERS})
+                mtc = ("ours:batch_topk", "ours:l1-pre")
+                yield Work("mtc step", mtc, "mtc", shape | {"H": MOVERS})
         shape = {"N": 1024, "T": POSITIONS, "d": WIDTH, "F": features, "H": 1, "L0": 64}
         pair = ("ours:l1-pre", "peers:saelens/standard")
         yield Work("sae step with Adam, l1", pair, "attn_out_sae", shape, optimiser=True)
-        mtc = ("ours:batch_topk", "ours:batch_topk/feature-side")
-        yield Work("mtc step with Adam", mtc, "mtc", shape | {"H": MOVERS}, optimiser=True)
+        naive = ("ours:l1", "ours:l1/feature-side", "ours:l1/decoder-side")
+        yield Work("mtc step, naive", naive, "mtc", shape | {"H": MOVERS})
+        yield Work("mtc step with Adam", naive[:2], "mtc", shape | {"H": MOVERS}, optimiser=True)
+    shape = {"N": 1024, "T": POSITIONS, "d": WIDTH, "F": 8192, "H": MOVERS, "L0": 64}
+    for change in ({"T": 64}, {"T": 128}, {"H": 2}, {"H": 5}):
+        yield Work("mtc step", ("ours:batch_topk",), "mtc", shape | change)
 
 
 def measure(work: Work, inputs: Path, sides: dict[str, Side], pairs: int) -> list[dict[str, Any]]:
-    """Rows of one work."""
-    turns: dict[str, list[dict[str, float]]] = {}
+    """Rows of one work. A row that failed holds an error instead of figures."""
+    turns: dict[str, list[dict[str, float]]] = {name: [] for name in work.implementations}
     failures: dict[str, str] = {}
-    for name in work.implementations:
-        side, implementation = name.split(":")
-        options = {"l0": work.shape["L0"], "rows": work.shape["N"], "optimiser": work.optimiser}
-        answer = sides[side].ask(do="build", key=name, implementation=implementation, inputs=str(inputs),
-                                 options=options, shape=work.shape, warm=2)  # fmt: skip
+    requests = {name: _request(work, name, inputs) for name in work.implementations}
+    for name, request in requests.items():
+        answer = sides[name.split(":")[0]].ask(do="build", key=name, shape=work.shape, **request)
         if "error" in answer:
             failures[name] = answer["error"]
-    alive = [name for name in work.implementations if name not in failures]
     for _ in range(pairs):
-        for name in alive:
-            answer = sides[name.split(":")[0]].ask(do="run", key=name)
-            turns.setdefault(name, []).append(answer)
+        for name in work.implementations:
+            if name not in failures:
+                answer = sides[name.split(":")[0]].ask(do="run", key=name)
+                if "error" in answer:
+                    failures[name] = answer["error"]
+                else:
+                    turns[name].append(answer)
+    for side in sides.values():
+        side.ask(do="forget")
+    ours = work.implementations[0]
     rows = []
-    for name in work.implementations:
+    for name, request in requests.items():
         row: dict[str, Any] = {"work": work.name, "implementation": name.replace(":", "/"), "shape": work.shape}
         if name in failures:
             rows.append(row | {"error": failures[name]})
             continue
-        own, first = turns[name], turns[alive[0]]
-        row |= {
+        own, first = turns[name], turns[ours]
+        ratio = (
+            statistics.median(t["seconds"] / o["seconds"] for t, o in zip(own, first, strict=True)) if first else None
+        )
+        rows.append(row | {
             "seconds_median": statistics.median(t["seconds"] for t in own),
-            "peak_bytes": sides[name.split(":")[0]].ask(do="peak", key=name)["peak_bytes"],
+            "peak_bytes": _peak_bytes(sides[name.split(":")[0]], request),
             "ratio_to_encoder_product": statistics.median(t["seconds"] / t["product"] for t in own),
-            "ratio_to_ours": statistics.median(t["seconds"] / o["seconds"] for t, o in zip(own, first, strict=True)),
+            "ratio_to_ours": statistics.median(ratios) if ratios else None,
             "product_gflops": statistics.median(_gflop(work.shape) / t["product"] for t in own),
             "pairs": pairs,
-        }
-        rows.append(row)
-    for side in sides.values():
-        side.ask(do="forget")
+        })  # fmt: skip
     return rows
+
+
+def _request(work: Work, name: str, inputs: Path) -> dict[str, Any]:
+    side, implementation = name.split(":")
+    options: dict[str, Any] = {"l0": work.shape["L0"], "rows": work.shape["N"], "optimiser": work.optimiser}
+    if side == "ours":
+        options["positions"] = work.shape["T"]
+        if 1 < work.shape["H"] < MOVERS:
+            options["heads"] = work.shape["H"] - 1
+    return {"implementation": implementation, "inputs": str(inputs), "options": options}
+
+
+def _peak_bytes(side: Side, request: dict[str, Any]) -> int | None:
+    alone = Side(side.name, side.python)
+    answer = alone.ask(do="peak", **request)
+    alone.process.stdin.close()
+    alone.process.wait()
+    return answer.get("peak_bytes")
 
 
 def _gflop(shape: dict[str, int]) -> float:
@@ -178,14 +204,15 @@ def main() -> None:
             continue
         inputs = prepare(arguments.data, HOME / ".inputs", work.kind, work.shape["F"])
         large = work.shape["N"] * work.shape["F"] > 2**26
-        rows += measure(work, inputs, sides, max(3, arguments.pairs // 2) if large else arguments.pairs)
-        for row in rows[-len(work.implementations) :]:
-            print(_line(row), flush=True)
-    for row in whole_rows(ROOT, arguments.data, arguments.pairs) if not arguments.only else ():
+        new = measure(work, inputs, sides, max(3, arguments.pairs // 2) if large else arguments.pairs)
+        print(*map(_line, new), sep="\n", flush=True)
+        rows += new
+    if arguments.only:
+        return
+    for row in whole_rows(ROOT, arguments.data, arguments.pairs):
         rows.append(row)
         print(row, flush=True)
-    result = {"date": time.strftime("%Y-%m-%d"), "machine": machine(), "rows": rows}
-    write_tables(HOME, result)
+    write_tables(HOME, rows, time.strftime("%Y-%m-%d"), machine())
 
 
 def _line(row: dict[str, Any]) -> str:
@@ -193,8 +220,8 @@ def _line(row: dict[str, Any]) -> str:
     if "error" in row:
         return f"{row['work']:24} {row['implementation']:34} {shape}: {row['error']}"
     return (f"{row['work']:24} {row['implementation']:34} {shape}: {row['seconds_median'] * 1e3:.0f} ms, "
-            f"{row['ratio_to_encoder_product']:.2f} products, {row['ratio_to_ours']:.2f} of ours, "
-            f"{row['peak_bytes'] / 2**20:.0f} MiB")  # fmt: skip
+            f"{row['ratio_to_encoder_product']:.2f} products, {row['ratio_to_ours'] or 0:.2f} of ours, "
+            f"{(row['peak_bytes'] or 0) / 2**20:.0f} MiB")  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -15,25 +15,25 @@ _HEAD = (
 )
 
 
-def write_tables(home: Path, result: dict[str, Any]) -> None:
-    """Write latest.json, <date>.md and steps.png into ``home``."""
-    write_json(home / "latest.json", result)
-    machine = ", ".join(f"{name} {value}" for name, value in result["machine"].items())
+def write_tables(home: Path, rows: list[dict[str, Any]], date: str, machine: dict[str, Any]) -> None:
+    """Write latest.json (the rows), <date>.md and steps.png into ``home``."""
+    write_json(home / "latest.json", [{**row, "date": date} for row in rows])
+    described = ", ".join(f"{name} {value}" for name, value in machine.items())
     lines = [
-        f"# Measured on {result['date']}",
+        f"# Measured on {date}",
         "",
-        f"{machine}. Milliseconds mean little elsewhere; *encoder products* is the time of a step over that of a",
+        f"{described}. Milliseconds mean little elsewhere; *encoder products* is the time of a step over that of a",
         "preallocated `mm` of the encoder's shape right before it, *of ours* is over our first row's step in the same",
         "round. Medians over pairs of neighbouring turns. Written by `make bench`.",
         "",
         *_HEAD,
-        *(_line(row) for row in result["rows"]),
+        *(_line(row) for row in rows),
         "",
         "![Steps in encoder products](steps.png)",
         "",
     ]
-    write_text(home / f"{result['date']}.md", "\n".join(lines))
-    _plot(home / "steps.png", result["rows"])
+    write_text(home / f"{date}.md", "\n".join(lines))
+    _plot(home / "steps.png", rows)
 
 
 def _line(row: dict[str, Any]) -> str:
@@ -43,7 +43,7 @@ def _line(row: dict[str, Any]) -> str:
         return f"| {' | '.join(cells)} | {row['error'][:80]} | | | |"
     cells.append(f"{row['seconds_median'] * 1e3:,.0f}")
     cells.append("" if row["ratio_to_encoder_product"] is None else f"{row['ratio_to_encoder_product']:.2f}")
-    cells.append(f"{row['ratio_to_ours']:.2f}")
+    cells.append("" if row["ratio_to_ours"] is None else f"{row['ratio_to_ours']:.2f}")
     cells.append("" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 2**20:,.0f}")
     return f"| {' | '.join(cells)} |"
 

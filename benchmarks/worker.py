@@ -4,10 +4,11 @@
 
 Reads one JSON object per line, answers with one. ``build`` makes a step of an implementation and warms it up;
 ``run`` times it once, right after a preallocated product of the encoder's shape; ``peak`` says by how much resident
-memory grew during one step. Nothing is timed before it was asked for, so the driver decides who runs when.
+memory grew during one step, and is asked of a process that has done nothing else. Nothing is timed before it was asked
+for, so the driver decides who runs when.
 """
 
-import contextlib
+import ctypes
 import importlib
 import json
 import os
@@ -43,7 +44,7 @@ def _answer(message: dict[str, Any], steps: dict[str, tuple[Step, Step]], build:
         case "build":
             step = build(message["implementation"], Path(message["inputs"]), **message["options"])
             product = _encoder_product(message["shape"])
-            for _ in range(message["warm"]):
+            for _ in range(2):
                 step()
                 product()
             steps[message["key"]] = step, product
@@ -52,7 +53,9 @@ def _answer(message: dict[str, Any], steps: dict[str, tuple[Step, Step]], build:
             step, product = steps[message["key"]]
             return {"product": _seconds(product), "seconds": _seconds(step)}
         case "peak":
-            return {"peak_bytes": _peak(steps[message["key"]][0])}
+            step = build(message["implementation"], Path(message["inputs"]), **message["options"], keep_memory=False)
+            step()
+            return {"peak_bytes": _peak(step)}
         case "forget":
             steps.clear()
             return {}
@@ -73,9 +76,9 @@ def _seconds(step: Step) -> float:
 
 
 def _peak(step: Step) -> int:
-    """Growth of resident memory during a step over what was there before it (Linux)."""
-    with contextlib.suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
+    """Growth of resident memory during a step over what was there before it (Linux with glibc)."""
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
     before = _status("VmRSS")
     step()
     return max(0, _status("VmHWM") - before)

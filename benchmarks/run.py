@@ -61,11 +61,15 @@ class Side:
     process: Any = field(init=False)
 
     def __post_init__(self) -> None:
-        environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_WAIT_POLICY": "passive", "WANDB_MODE": "disabled",
-                                    "SPARSIFY_DISABLE_TRITON": "1"}  # fmt: skip
+        settings = {
+            "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "src")]),
+            "OMP_WAIT_POLICY": "passive",
+            "WANDB_MODE": "disabled",
+            "SPARSIFY_DISABLE_TRITON": "1",
+        }
         self.process = subprocess.Popen(
             [str(self.python), "-m", "benchmarks.worker", self.name], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-            stderr=(HOME / f"{self.name}.log").open("w"), text=True, cwd=ROOT, env=environment,
+            stderr=(HOME / f"{self.name}.log").open("w"), text=True, cwd=ROOT, env=os.environ | settings,
         )  # fmt: skip
 
     def ask(self, **message: Any) -> dict[str, Any]:
@@ -126,9 +130,7 @@ def measure(work: Work, inputs: Path, sides: dict[str, Side], pairs: int) -> lis
             rows.append(row | {"error": failures[name]})
             continue
         own, first = turns[name], turns[ours]
-        ratio = (
-            statistics.median(t["seconds"] / o["seconds"] for t, o in zip(own, first, strict=True)) if first else None
-        )
+        ratios = [t["seconds"] / o["seconds"] for t, o in zip(own, first, strict=False)]
         rows.append(row | {
             "seconds_median": statistics.median(t["seconds"] for t in own),
             "peak_bytes": _peak_bytes(sides[name.split(":")[0]], request),

@@ -97,7 +97,7 @@ class _Encode(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:  # pyright: ignore
         x, weight, counted, common, n_counted = ctx.saved_tensors
         structure: SparseCodes = ctx.structure
         grad, grad_sums = gradients
@@ -128,7 +128,7 @@ class _Decode(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore
         values, table = ctx.saved_tensors
         codes: SparseCodes = ctx.structure.with_values(values)
         grad = gradients[0].to(table.dtype).contiguous()
@@ -163,7 +163,7 @@ class _MixedDecode(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore
         values, loadings, table, patterns = ctx.saved_tensors
         grad_BTD = gradients[0].to(table.dtype).contiguous()
         mixing = Mixing.of(ctx.structure.with_values(values), loadings, table, ctx.movers)

@@ -17,13 +17,13 @@ from crosshead.params import load_params
 _COSTS = re.compile(r"\bcosts: \{[^}]*\}")
 
 
-def calibrate(path: Path) -> str:
+def calibrate(path: Path, device: str = "cpu") -> str:
     """Replace the prices in a parameter file; return them. ValueError where it has no place for them."""
     text = path.read_text()
     if (found := len(_COSTS.findall(text))) != 1:
         raise ValueError(f"{path} has {found} places of the form 'costs: {{...}}'; write one, 'costs: {{}}', under "
                          "training.engine")  # fmt: skip
-    costs = ", ".join(f"{name}: {price}" for name, price in measure_costs().model_dump().items())
+    costs = ", ".join(f"{name}: {price}" for name, price in measure_costs(device).model_dump().items())
     write_text(path, _COSTS.sub(f"costs: {{{costs}}}", text))
     return f"costs: {{{costs}}}"
 
@@ -34,8 +34,7 @@ def main() -> int:
     parser.add_argument("--params", type=Path, default=Path("params.yaml"))
     path = parser.parse_args().params
     try:
-        load_params(path).machine.prepare()
-        print(f"{path}: {calibrate(path)}")
+        print(f"{path}: {calibrate(path, load_params(path).machine.prepare())}")
     except (OSError, ValueError) as error:
         print(error, file=sys.stderr)
         return 2

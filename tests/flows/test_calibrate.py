@@ -16,7 +16,7 @@ def test_new_prices_replace_the_old_ones_and_nothing_else(profile, tmp_path, mon
     shutil.copyfile(ROOT / profile, path)
     before = yaml.safe_load(path.read_text())
     prices = Costs(dense=1.5, entry=2.5, plain=3.5, moved=4.5)
-    monkeypatch.setattr(flow, "measure_costs", lambda: prices)
+    monkeypatch.setattr(flow, "measure_costs", lambda device: prices)
     flow.calibrate(path)
     after = yaml.safe_load(path.read_text())
     assert after["training"]["engine"].pop("costs") == prices.model_dump()
@@ -33,5 +33,5 @@ def test_a_file_without_a_place_for_prices_is_told(tmp_path):
 
 
 def test_measured_prices_are_positive():
-    costs = measure_costs(n_contexts=1, n_positions=8, n_features=64, n_heads=2, width=16, active=8, repeats=1)
+    costs = measure_costs(n_rows=8, n_features=64, n_movers=3, width=16, active=8, repeats=1)
     assert all(price > 0 for price in costs.model_dump().values())

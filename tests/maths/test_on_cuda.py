@@ -60,6 +60,13 @@ def test_selections_are_those_of_full_sorts(backend, seed, tile_mib):
     torch.testing.assert_close((best.values * scale[best.columns]).sum(), scores.flatten().topk(30).values.sum())
 
 
+def test_bfloat16_products_give_float32_gradients_close_to_the_oracles(backend, monkeypatch):
+    monkeypatch.setattr(sparse, "_working", lambda tensor: tensor.detach().bfloat16())
+    p = Problem(9, 0.2, contexts=2, positions=20, features=70, d_in=33, d_out=40, heads=3, dtype=torch.float32,
+                device=DEVICE)  # fmt: skip
+    compare(p, Engine(), 3e-2)
+
+
 def test_products_in_bfloat16_are_summed_in_float32():
     p = Problem(1, 0.3, contexts=1, positions=8, features=40, d_in=64, d_out=64, heads=3, dtype=torch.float32,
                 device=DEVICE)  # fmt: skip

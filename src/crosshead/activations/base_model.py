@@ -59,7 +59,7 @@ class ModelConfig(BaseModel):
         for name, source in (("revision", "hub"), ("file", "pypi")):
             if getattr(self, name) is not None and self.source != source:
                 raise ValueError(f"model.{name} applies to source: {source}, got source: {self.source}; "
-                                 f"set model.{field}: null")  # fmt: skip
+                                 f"set model.{name}: null")  # fmt: skip
         if self.source == "hub" and self.sha256 is not None:
             raise ValueError("model.sha256 does not apply to source: hub; set it to null and pin model.revision")
         return self

@@ -158,6 +158,9 @@ class ActivationCache(ActivationSource):
         """
         directory = Path(directory)
         manifest = read_manifest(directory, model=model, corpus=corpus)
+        if not manifest.shards:
+            raise ValueError(f"{directory} is of a harvest that only streams; open it as LiveActivations, or run the "
+                             "harvest stage with harvest.mode: cache")  # fmt: skip
         if verify == "sha256":
             _check_hashes(directory, [record for shards in manifest.shards.values() for record in shards], remember)
         shard_schema = schema(manifest.columns, manifest.context_length)

@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
 
 from crosshead.activations.base_model import LanguageModel
@@ -72,6 +72,12 @@ class HarvestConfig(BaseModel):
     """Contexts in a shard; a killed harvest loses at most one shard."""
     batch_contexts: Annotated[int, Field(gt=0)] = 8
     """Contexts in a forward pass."""
+
+    @model_validator(mode="after")
+    def _a_stream_is_as_the_model_computes(self) -> "HarvestConfig":
+        if self.mode == "stream" and self.dtype != "float32":
+            raise ValueError(f"mode stream stores nothing, so dtype {self.dtype} has no meaning; leave it out")
+        return self
 
     def resolve(self, layers: Mapping[str, int]) -> tuple[Site, ...]:
         """The sites with layer names replaced by the survey's choice, sorted. ValueError for a name not chosen."""

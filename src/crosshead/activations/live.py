@@ -39,6 +39,9 @@ class LiveActivations(ActivationSource):
 
     def stored(self, split: str, indices: Sequence[int], sites: Sequence[Site]) -> dict[Site, Tensor]:
         captured = capture(self._model, self.tokens(split, indices), sites)
+        for site, tensor in captured.items():
+            if not bool(tensor.isfinite().all()):
+                raise ValueError(f"site {site} holds values that are not finite; run the model in float32")
         return {site: tensor.float() for site, tensor in captured.items()}
 
 

@@ -75,7 +75,7 @@ class Autoencoder(Dictionary):
     def loss(self, batch: Batch, progress: float = 1.0) -> Loss:
         x, mask = self._inputs(batch), batch.mask.flatten()
         norms = self.feature_norms()
-        activations = self.encoder(x, mask, norms.detach(), progress, self.engine)
+        activations = self.encoder(x, mask, norms.detach(), progress, self.engine, for_penalties=True)
         codes, target = activations.codes, x[mask]
         error = (decode(codes, self.decoder, self.engine)[mask] + self.decoder_bias - target).square().sum()
         parts = {"reconstruction": error / len(target)}
@@ -98,6 +98,7 @@ class Autoencoder(Dictionary):
             "means": torch.zeros_like(self.means),
             "scales": torch.ones_like(self.scales),
         })  # fmt: skip
+        folded.engine = self.engine
         return folded.eval()
 
     def parameter_groups(self) -> list[ParameterGroup]:

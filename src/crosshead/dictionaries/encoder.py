@@ -35,7 +35,7 @@ class Activations(NamedTuple):
     pre: SparseCodes
     """Pre-activations at the same entries."""
     sums: Float[Tensor, " F"] | None
-    """Sum of every feature's pre-activations over all counted rows; None where no penalty needs it."""
+    """Sum of every feature's pre-activations over all counted rows; None unless asked for and needed."""
 
 
 class _Jump(torch.autograd.Function):
@@ -85,8 +85,13 @@ class SparseEncoder(nn.Module):
         norms: Float[Tensor, " F"],
         progress: float = 1.0,
         engine: Engine | None = None,
+        *,
+        for_penalties: bool = False,
     ) -> Activations:
-        """Activations of the rows in ``mask``; ``norms`` weigh the competition between features."""
+        """Activations of the rows in ``mask``; ``norms`` weigh the competition between features.
+
+        ``for_penalties``: with what ``penalties`` needs of all entries, if the sparsity has such a penalty.
+        """
         product, engine = Product(x, self.weight, self.bias, mask), engine or Engine()
         threshold = self.threshold
         if isinstance(self.sparsity, JumpReLU):
@@ -101,7 +106,7 @@ class SparseEncoder(nn.Module):
             progress=progress,
             engine=engine,
         )
-        wants_sums = self.training and getattr(self.sparsity, "negative_coefficient", 0.0) > 0
+        wants_sums = for_penalties and getattr(self.sparsity, "negative_coefficient", 0.0) > 0
         pre, sums = encode(product, structure, engine, with_sums=wants_sums)
         codes = pre
         if isinstance(self.sparsity, JumpReLU):

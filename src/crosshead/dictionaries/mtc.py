@@ -209,7 +209,7 @@ class Module(Dictionary):
     def loss(self, batch: Batch, progress: float = 1.0) -> Loss:
         x, mask = self.inputs(batch), batch.mask.flatten()
         norms = self.feature_norms(progress)
-        activations = self.encoder(x, mask, norms.detach(), progress, self.engine)
+        activations = self.encoder(x, mask, norms.detach(), progress, self.engine, for_penalties=True)
         target = self.target(batch)[batch.mask]
         error = (self.decode(activations.codes, batch, progress)[batch.mask] - target).square().sum()
         parts = {"reconstruction": error / len(target)}
@@ -240,6 +240,7 @@ class Module(Dictionary):
             "target_mean": torch.zeros_like(self.target_mean),
             "target_scale": torch.ones_like(self.target_scale),
         })  # fmt: skip
+        folded.engine = self.engine
         return folded.eval()
 
     def parameter_groups(self) -> list[ParameterGroup]:

@@ -38,7 +38,7 @@ class Product(NamedTuple):
         buffer = self.x.new_empty(n_rows * width)
         for first in range(0, n_features, width):
             columns = slice(first, min(first + width, n_features))
-            tile = buffer[: n_rows * (columns.stop - first)].view(n_rows, -1)
+            tile = buffer[: n_rows * (columns.stop - first)].view(n_rows, columns.stop - first)
             torch.mm(self.x, self.weight[columns].T, out=tile)
             yield columns, tile
 

@@ -36,7 +36,11 @@ __all__ = [
 # ---- the encoder's product, tile by tile ----
 
 
-@_compiled
+# These two must agree on every entry, so nothing may be reordered in them.
+_strict = numba.njit(nogil=True, cache=True, boundscheck=False, error_model="numpy")
+
+
+@_strict
 def count_above(pre, bias, scale, level, mask, counts, first, last):
     """counts[n] = entries of row n of a tile [N, C] with (pre + bias) * scale > level."""
     for n in range(first, last):
@@ -48,7 +52,7 @@ def count_above(pre, bias, scale, level, mask, counts, first, last):
         counts[n] = count
 
 
-@_compiled
+@_strict
 def fill_above(pre, bias, scale, level, mask, offsets, base, columns, values, first, last):
     """Write those entries' columns (counted from ``base``) and pre-activations, row by row."""
     for n in range(first, last):
@@ -56,7 +60,7 @@ def fill_above(pre, bias, scale, level, mask, offsets, base, columns, values, fi
         if mask[n] and offsets[n + 1] > at:
             for c in range(pre.shape[1]):
                 value = pre[n, c] + bias[c]
-                if value * scale[c] > level[c]:
+                if value * scale[c] > level[c] and at < offsets[n + 1]:
                     columns[at] = base + c
                     values[at] = value
                     at += 1
@@ -156,16 +160,19 @@ def keep_largest(row_offsets, columns, values, scale, least, n_ties, kept_offset
 
 @_compiled
 def interleave_patterns(patterns, block, out, first, last):
-    """out[t, s, m] = [t = s] for m = 0, pattern_m-1(t, s) above, for all s up to the end of t's block."""
+    """out[t, s, m] = [t = s] for m = 0, pattern_m-1(t, s) else; zero after t, up to the end of t's block."""
     n_heads, n_positions, _ = patterns.shape
     for t in range(first, last):
         end = min((t // block + 1) * block, n_positions)
-        for s in range(end):
+        for s in range(t):
             out[t, s, 0] = 0
-        for h in range(n_heads):
-            for s in range(end):
-                out[t, s, h + 1] = patterns[h, t, s]
         out[t, t, 0] = 1
+        for h in range(n_heads):
+            for s in range(t + 1):
+                out[t, s, h + 1] = patterns[h, t, s]
+        for s in range(t + 1, end):
+            for m in range(n_heads + 1):
+                out[t, s, m] = 0
 
 
 # ---- structure ----

@@ -56,14 +56,16 @@ def _read_larger(
 
 def _joined(parts: list[SparseCodes]) -> SparseCodes:
     """Tiles side by side."""
-    counts = torch.stack([part.row_offsets.diff() for part in parts])
-    offsets = functional.pad(counts.sum(0).cumsum(0), (1, 0))
-    starts = offsets[:-1] + counts.cumsum(0) - counts
+    offsets = torch.zeros_like(parts[0].row_offsets)
+    for part in parts:
+        offsets += part.row_offsets
+    start = offsets[:-1].clone()
     columns = parts[0].columns.new_empty(int(offsets[-1]))
     values = parts[0].values.new_empty(len(columns))
-    for part, start in zip(parts, starts, strict=True):
+    for part in parts:
         arrays = (part.row_offsets, part.columns, part.values, start, columns, values)
         on_ranges(loops.place_rows, even_ranges(len(start)), *_numpy(arrays))
+        start += part.row_offsets.diff()
     return SparseCodes(offsets, columns, values, parts[0].n_features)
 
 

@@ -4,10 +4,16 @@
 
 Shape legend: see ``maths.sparse``, which says what every function computes. All backends offer the same functions.
 
-Nothing depends on the order in which programs run. Active entries are marked in a bit mask [N, F / 32] by the kernel
-that computes the product, then counted, listed, and their pre-activations computed again at the active entries only:
-that reads less than the product would write. Sums over a feature's non-zeros run in the order of rows, one program
-for each feature. Products are taken in the type of the tables and summed in float32 (float64 for float64 tables).
+No sum depends on the order in which programs run, nor on how a kernel was tuned (steps along X are fixed). Torch's own
+atomic sums on a GPU (``SparseCodes.feature_sums``) do, in their last bits.
+
+Active entries are marked in a bit mask [N, F / 32] by the kernel that computes the product, then counted, listed, and
+their pre-activations computed again at the active entries only: that reads less than the product would write. An entry
+at its threshold may land on either side of it by rounding, and the mask is whole whatever ``Engine.tile_mib``. The k
+largest of every row are taken by torch.
+
+Sums over a feature's non-zeros run in the order of rows, one program for each feature. Products are taken in the type
+of the tables and summed in float32 (float64 for float64 tables).
 """
 
 import os
@@ -44,7 +50,7 @@ _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 _TUNED = [triton.Config({"DB": db}, num_warps=warps) for db in (64, 128, 256) for warps in (2, 4)]
 _TUNED_PRODUCT = [
     triton.Config({"NB": nb, "FB": fb, "XB": xb}, num_warps=warps, num_stages=stages)
-    for nb, fb, xb, warps, stages in ((64, 128, 32, 4, 3), (128, 128, 32, 8, 3), (128, 256, 64, 8, 3))
+    for nb, fb, xb, warps, stages in ((64, 128, 32, 4, 3), (128, 128, 32, 8, 3), (128, 256, 32, 8, 3))
 ]
 
 

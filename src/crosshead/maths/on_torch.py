@@ -72,28 +72,31 @@ def keep_largest(codes: SparseCodes, scale: Float[Tensor, " F"], count: int) -> 
 
 def weighted_rows(codes: SparseCodes, table: Float[Tensor, "F D"]) -> Float[Tensor, "N D"]:
     """Codes times ``table``."""
-    return codes.to_dense() @ table
+    return (codes.to_dense().to(table.dtype) @ table).to(codes.values.dtype)
 
 
 def weighted_columns(
     codes: SparseCodes, table: Float[Tensor, "N X"], share: Float[Tensor, " F"], common: Float[Tensor, " X"]
 ) -> Float[Tensor, "F X"]:
     """Transposed codes times ``table``, plus share[i] * common in every row."""
-    return torch.addr(codes.to_dense().T @ table, share, common)
+    sums = (codes.to_dense().to(table.dtype).T @ table).to(codes.values.dtype)
+    return torch.addr(sums, share, common)
 
 
 def decode_gradients(
     codes: SparseCodes, grad: Float[Tensor, "N D"], decoder: Float[Tensor, "F D"]
 ) -> tuple[Float[Tensor, " Z"], Float[Tensor, "F D"]]:
     """Gradients of values and decoder, given those of codes times decoder."""
-    return (grad @ decoder.T)[codes.rows, codes.columns], codes.to_dense().T @ grad
+    products = (grad @ decoder.T)[codes.rows, codes.columns]
+    grad_decoder = codes.to_dense().to(grad.dtype).T @ grad
+    return products.to(codes.values.dtype), grad_decoder.to(codes.values.dtype)
 
 
 def mix(mixing: Mixing, out: Float[Tensor, "n M D"], first: int, last: int) -> None:
     """Every mover's share of rows ``first`` to ``last``."""
     f = _dense_rows(mixing.codes, first, last)
     for m, loadings in enumerate(mixing.loadings_FM.T):
-        out[:, m] = (f * loadings) @ mixing.decoder
+        out[:, m] = (f * loadings).to(mixing.decoder.dtype) @ mixing.decoder
 
 
 def unmix(mixing: Mixing, grad: Float[Tensor, "n M D"], first: int, last: int, into: MixGradients) -> None:
@@ -102,10 +105,10 @@ def unmix(mixing: Mixing, grad: Float[Tensor, "n M D"], first: int, last: int, i
     f = _dense_rows(codes, first, last)
     grad_f = torch.zeros_like(f)
     for m, loadings in enumerate(mixing.loadings_FM.T):
-        products = grad[:, m] @ mixing.decoder.T
+        products = (grad[:, m] @ mixing.decoder.T).to(f.dtype)
         grad_f.addcmul_(products, loadings[None])
         into.loadings_FM[:, m] += (products * f).sum(0)
-        into.decoder.addmm_((f * loadings).T, grad[:, m])
+        into.decoder.add_((f * loadings).to(grad.dtype).T @ grad[:, m])
     part = slice(int(codes.row_offsets[first]), int(codes.row_offsets[last]))
     into.values[part] = grad_f[codes.rows[part] - first, codes.columns[part]]
 
@@ -114,6 +117,7 @@ def apply_patterns(
     patterns: Float[Tensor, "C H T T"], shares: Float[Tensor, "C T M D"], out: Float[Tensor, "C T D"]
 ) -> None:
     """out[t] = shares[t, 0] + sum over h and s <= t of pattern_h(t, s) shares[s, h+1]."""
+    # A product per context sums over heads and sources at once.
     moved = patterns.tril().transpose(1, 2).flatten(2) @ shares[:, :, 1:].transpose(1, 2).flatten(1, 2)
     out.copy_(shares[:, :, 0] + moved)
 

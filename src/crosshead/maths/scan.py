@@ -24,7 +24,7 @@ from crosshead.maths.forms import Product
 __all__ = ["larger_entries", "largest_entries", "largest_per_row"]
 
 # A floor too low costs some candidates, one too high the whole product again.
-_SAMPLE_SIDE, _SAMPLE_MARGIN, _SAMPLE_SPARE = 128, 1.4, 32
+_SAMPLE_ROWS, _MARGIN, _SPARE = 16, 1.5, 32
 
 
 @torch.no_grad()
@@ -39,6 +39,8 @@ def larger_entries(
 def largest_per_row(product: Product, scale: Float[Tensor, " F"], k: int, engine: Engine) -> SparseCodes:
     """The k largest positive scores of every row; fewer where fewer are positive."""
     k = min(k, len(product.weight))
+    if k == 0:
+        return larger_entries(product, scale, torch.full_like(scale, math.inf), engine)
     return backend(product.x.device).largest_per_row(product.detach(), scale.detach(), k, engine)
 
 
@@ -46,27 +48,28 @@ def largest_per_row(product: Product, scale: Float[Tensor, " F"], k: int, engine
 def largest_entries(product: Product, scale: Float[Tensor, " F"], count: int, engine: Engine) -> SparseCodes:
     """The ``count`` largest positive scores of the whole product; fewer if fewer are positive.
 
-    A floor guessed from a sample leaves few candidates, among which the choice is exact. If it left too few, it was
-    too high, and everything is scanned again without it.
+    A floor guessed from a few rows leaves few candidates, among which the choice is exact. If it left too few, it was
+    too high, and everything is scanned again with a lower one, at last with none.
     """
     product, scale = product.detach(), scale.detach()
-    floor = _guess_floor(product, scale, count) if count else math.inf
-    candidates = larger_entries(product, scale, torch.full_like(scale, floor), engine)
-    if len(candidates.columns) < count and floor > 0:
-        candidates = larger_entries(product, scale, torch.zeros_like(scale), engine)
+    for margin in (_MARGIN, 4 * _MARGIN, math.inf):
+        floor = _guess_floor(product, scale, count, margin)
+        candidates = larger_entries(product, scale, torch.full_like(scale, floor), engine)
+        if len(candidates.columns) >= count or floor == 0.0:
+            break
     if len(candidates.columns) <= count:
         return candidates
     return backend(product.x.device).keep_largest(candidates, scale, count)
 
 
-def _guess_floor(product: Product, scale: Float[Tensor, " F"], count: int) -> float:
-    """A score that somewhat more than ``count`` entries exceed, if a sample of rows and features is like the rest."""
+def _guess_floor(product: Product, scale: Float[Tensor, " F"], count: int, margin: float) -> float:
+    """A score that about ``margin`` times ``count`` entries exceed, if a few rows are like the others; at least 0."""
+    if count == 0:
+        return math.inf
     counted = torch.nonzero(product.mask).flatten()
-    rows = counted[:: max(1, len(counted) // _SAMPLE_SIDE)]
-    columns = slice(None, None, max(1, len(scale) // _SAMPLE_SIDE))
-    scores = product.x[rows] @ product.weight[columns].T + product.bias[columns]
-    scores = (scores * scale[columns]).flatten()
-    rank = _SAMPLE_SPARE + math.ceil(_SAMPLE_MARGIN * count * len(scores) / max(1, len(counted) * len(scale)))
+    rows = counted[:: max(1, len(counted) // _SAMPLE_ROWS)]
+    scores = ((product.x[rows] @ product.weight.T + product.bias) * scale).flatten()
+    rank = _SPARE + margin * count * len(rows) / max(1, len(counted))
     if rank > len(scores):
         return 0.0
-    return max(0.0, float(scores.kthvalue(len(scores) - rank + 1).values))
+    return max(0.0, float(scores.kthvalue(len(scores) - math.ceil(rank) + 1).values))

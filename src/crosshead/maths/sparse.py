@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from crosshead.maths.backends import Backend, backend
 from crosshead.maths.codes import SparseCodes
@@ -85,15 +86,18 @@ class _Encode(torch.autograd.Function):
         with_sums: bool,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         ctx.set_materialize_grads(False)
-        counted = mask.to(x.dtype)
-        common, n_counted = counted @ x, counted.sum()
-        sums = torch.addmv(n_counted * bias, weight, common) if with_sums else bias.new_empty(0)
-        ctx.save_for_backward(_working(x), weight, counted, common, n_counted)
+        rows = _working(x)
+        with torch.autocast(x.device.type, enabled=False):  # differences of these sums are small
+            counted = mask.to(x.dtype)
+            common, n_counted = counted @ x, counted.sum()
+            sums = torch.addmv(n_counted * bias, weight, common) if with_sums else bias.new_empty(0)
+        ctx.save_for_backward(rows, weight, counted, common, n_counted)
         ctx.structure, ctx.engine = structure, engine
         return structure.values.clone(), sums
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:  # pyright: ignore
         x, weight, counted, common, n_counted = ctx.saved_tensors
         structure: SparseCodes = ctx.structure
         grad, grad_sums = gradients
@@ -116,14 +120,15 @@ class _Encode(torch.autograd.Function):
 class _Decode(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, values: Tensor, decoder: Tensor, structure: SparseCodes, engine: Engine) -> Tensor:
-        table = _working(decoder)
+        table = _working(decoder).contiguous()
         ctx.save_for_backward(values, table)
         ctx.structure, ctx.engine = structure, engine
         codes = structure.with_values(values.detach())
         return _plain(codes, table, engine).weighted_rows(codes, table)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore
         values, table = ctx.saved_tensors
         codes: SparseCodes = ctx.structure.with_values(values)
         grad = gradients[0].to(table.dtype).contiguous()
@@ -157,7 +162,8 @@ class _MixedDecode(torch.autograd.Function):
         return y_BTD
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore
         values, loadings, table, patterns = ctx.saved_tensors
         grad_BTD = gradients[0].to(table.dtype).contiguous()
         mixing = Mixing.of(ctx.structure.with_values(values), loadings, table, ctx.movers)
@@ -195,7 +201,7 @@ def _context_groups(
     bytes_each = math.prod(shape) * mixing.decoder.element_size()
     size = min(max(1, int(engine.shares_mib * 2**20 / max(1, bytes_each))), n_contexts)
     memory = mixing.decoder.new_empty(size, *shape)
-    for first in range(0, n_contexts, size):
+    for first in range(0, n_contexts, max(size, 1)):
         last = min(first + size, n_contexts)
         yield slice(first, last), slice(first * n_positions, last * n_positions), memory[: last - first]
 

@@ -1,8 +1,9 @@
 """Run a compiled kernel on several ranges at once, one thread each.
 
-As many threads as torch uses. They wait for the whole result, so kernels and torch's own products never compete.
+As many threads as torch uses; the caller is one of them and waits for the others.
 """
 
+import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
@@ -55,3 +56,6 @@ def on_ranges(kernel: Callable[..., None], ranges: Ranges, *arguments: Any) -> N
 @cache
 def _pool(n_threads: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(n_threads, thread_name_prefix="crosshead")
+
+
+os.register_at_fork(after_in_child=_pool.cache_clear)  # a child has none of its parent's threads

@@ -88,7 +88,7 @@ class Speed(NamedTuple):
     seconds: float
     """Steps, evaluations and checkpoints together."""
     waited: float
-    """Seconds of these in which nothing was done but to wait for a batch."""
+    """Seconds of these until batches that were asked for had been read (on a GPU, earlier steps may still run)."""
     tokens: int
     """Counted positions trained on."""
 
@@ -134,7 +134,7 @@ def fit(
 
     ``on_metrics(step, metrics)`` is called in order, and for a step only after a checkpoint that covers it is on disk.
     It sees every step at least once, and twice only if the process died while reporting. ``on_speed`` is called once,
-    after the last step, about the steps of this process.
+    after the last step, about the steps of this process if there were any.
 
     Raises ValueError for a checkpoint of another ``identity`` or a damaged one, FloatingPointError when a loss is not
     finite (the last checkpoint stays), KeyboardInterrupt after a checkpoint on interrupt or SIGTERM.
@@ -162,7 +162,7 @@ def fit(
             if stop.requested:
                 raise KeyboardInterrupt(f"{description}: stopped after step {session.step}, checkpoint written")
             bar.update()
-    if on_speed is not None:
+    if on_speed is not None and int(session.tokens) > tokens:
         on_speed(Speed(time.perf_counter() - began, waited, int(session.tokens) - tokens))
     module.calibrate_(train.sample(config.calibrate_contexts, seed + 1))
     module.eval()

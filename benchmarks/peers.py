@@ -7,9 +7,19 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import MagicMock
 
+import sae_lens.saes as saes
 import torch
+from sae_lens.saes.sae import TrainStepInput
 from safetensors.torch import load_file
+from sparsify import SparseCoder, SparseCoderConfig
 from torch import Tensor, nn
+
+# The package imports nnsight for its activation buffer; a version that fits would replace transformers.
+for _name in ("nnsight", "nnsight.intervention"):
+    sys.modules.setdefault(_name, MagicMock())
+
+from dictionary_learning.trainers.standard import StandardTrainerAprilUpdate  # noqa: E402
+from dictionary_learning.trainers.top_k import TopKTrainer  # noqa: E402
 
 Step = Callable[[], Any]
 
@@ -42,9 +52,6 @@ def build(
 
 def _saelens(architecture: str) -> Callable[..., tuple[nn.Module, Callable[[], Tensor]]]:
     def make(x: Tensor, weight: Tensor, bias: Tensor, decoder: Tensor, l0: int) -> tuple[nn.Module, Callable]:
-        import sae_lens.saes as saes
-        from sae_lens.saes.sae import TrainStepInput
-
         features, width = weight.shape
         common = {"d_in": width, "d_sae": features, "device": "cpu", "dtype": "float32"}
         if architecture == "standard":
@@ -69,8 +76,6 @@ def _saelens(architecture: str) -> Callable[..., tuple[nn.Module, Callable[[], T
 
 
 def _sparsify(x: Tensor, weight: Tensor, bias: Tensor, decoder: Tensor, l0: int) -> tuple[nn.Module, Callable]:
-    from sparsify import SparseCoder, SparseCoderConfig
-
     coder: Any = SparseCoder(x.shape[1], SparseCoderConfig(num_latents=len(weight), k=l0), device="cpu")
     with torch.no_grad():
         coder.encoder.weight.copy_(weight)
@@ -81,18 +86,11 @@ def _sparsify(x: Tensor, weight: Tensor, bias: Tensor, decoder: Tensor, l0: int)
 
 def _dictionary_learning(kind: str) -> Callable[..., tuple[nn.Module, Callable[[], Tensor]]]:
     def make(x: Tensor, weight: Tensor, bias: Tensor, decoder: Tensor, l0: int) -> tuple[nn.Module, Callable]:
-        # The package imports nnsight for its activation buffer; a version that fits would replace transformers.
-        for name in ("nnsight", "nnsight.intervention"):
-            sys.modules.setdefault(name, MagicMock())
         common = {"steps": 100_000, "activation_dim": x.shape[1], "dict_size": len(weight), "layer": 0,
                   "lm_name": "bench", "device": "cpu"}  # fmt: skip
         if kind == "standard":
-            from dictionary_learning.trainers.standard import StandardTrainerAprilUpdate
-
             trainer: Any = StandardTrainerAprilUpdate(**common, l1_penalty=0.5)
         else:
-            from dictionary_learning.trainers.top_k import TopKTrainer
-
             trainer = TopKTrainer(**common, k=l0)
         module = trainer.ae
         with torch.no_grad():

@@ -5,7 +5,8 @@
 Implementations of one work take turns, one step each, and every turn begins with a preallocated product of the
 encoder's shape in the same process: a machine that slows down slows all of them. Ratios are medians of the ratios of
 neighbouring turns. Writes latest.json, a dated table and plots beside this file; with --only it prints and writes
-nothing. Memory is measured in a process of its own for every row, with the allocator's default settings.
+nothing. Memory is measured in a process of its own for every row, with the allocator's default settings: a second
+worker of each environment forks them.
 """
 
 import argparse
@@ -69,7 +70,7 @@ class Side:
         }
         self.process = subprocess.Popen(
             [str(self.python), "-m", "benchmarks.worker", self.name], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-            stderr=(HOME / f"{self.name}.log").open("w"), text=True, cwd=ROOT, env=os.environ | settings,
+            stderr=(HOME / f"{self.name}.log").open("a"), text=True, cwd=ROOT, env=os.environ | settings,
         )  # fmt: skip
 
     def ask(self, **message: Any) -> dict[str, Any]:
@@ -103,7 +104,9 @@ def works() -> Iterator[Work]:
         yield Work("mtc step", ("ours:batch_topk",), "mtc", shape | change)
 
 
-def measure(work: Work, inputs: Path, sides: dict[str, Side], pairs: int) -> list[dict[str, Any]]:
+def measure(
+    work: Work, inputs: Path, sides: dict[str, Side], fresh: dict[str, Side], pairs: int
+) -> list[dict[str, Any]]:
     """Rows of one work. A row that failed holds an error instead of figures."""
     turns: dict[str, list[dict[str, float]]] = {name: [] for name in work.implementations}
     failures: dict[str, str] = {}
@@ -133,7 +136,7 @@ def measure(work: Work, inputs: Path, sides: dict[str, Side], pairs: int) -> lis
         ratios = [t["seconds"] / o["seconds"] for t, o in zip(own, first, strict=False)]
         rows.append(row | {
             "seconds_median": statistics.median(t["seconds"] for t in own),
-            "peak_bytes": _peak_bytes(sides[name.split(":")[0]], request),
+            "peak_bytes": fresh[name.split(":")[0]].ask(do="peak", **request).get("peak_bytes"),
             "ratio_to_encoder_product": statistics.median(t["seconds"] / t["product"] for t in own),
             "ratio_to_ours": statistics.median(ratios) if ratios else None,
             "product_gflops": statistics.median(_gflop(work.shape) / t["product"] for t in own),
@@ -150,14 +153,6 @@ def _request(work: Work, name: str, inputs: Path) -> dict[str, Any]:
         if 1 < work.shape["H"] < MOVERS:
             options["heads"] = work.shape["H"] - 1
     return {"implementation": implementation, "inputs": str(inputs), "options": options}
-
-
-def _peak_bytes(side: Side, request: dict[str, Any]) -> int | None:
-    alone = Side(side.name, side.python)
-    answer = alone.ask(do="peak", **request)
-    alone.process.stdin.close()
-    alone.process.wait()
-    return answer.get("peak_bytes")
 
 
 def _gflop(shape: dict[str, int]) -> float:
@@ -199,14 +194,15 @@ def main() -> None:
     parser.add_argument("--only", default="", help="a pattern that work, implementation and shape must match")
     arguments = parser.parse_args()
     torch.set_num_threads(2)
-    sides = {"ours": Side("ours", Path(sys.executable)), "peers": Side("peers", peers_python())}
+    pythons = {"ours": Path(sys.executable), "peers": peers_python()}
+    sides, fresh = ({name: Side(name, python) for name, python in pythons.items()} for _ in range(2))
     rows: list[dict[str, Any]] = []
     for work in works():
         if not re.search(arguments.only, f"{work.name} {work.shape}"):
             continue
         inputs = prepare(arguments.data, HOME / ".inputs", work.kind, work.shape["F"])
         large = work.shape["N"] * work.shape["F"] > 2**26
-        new = measure(work, inputs, sides, max(3, arguments.pairs // 2) if large else arguments.pairs)
+        new = measure(work, inputs, sides, fresh, max(3, arguments.pairs // 2) if large else arguments.pairs)
         print(*map(_line, new), sep="\n", flush=True)
         rows += new
     if arguments.only:

@@ -4,8 +4,8 @@
 
 Reads one JSON object per line, answers with one. ``build`` makes a step of an implementation and warms it up;
 ``run`` times it once, right after a preallocated product of the encoder's shape; ``peak`` says by how much resident
-memory grew during one step, and is asked of a process that has done nothing else. Nothing is timed before it was asked
-for, so the driver decides who runs when.
+memory grew during one step, in a process forked for it: ask it of a worker that builds nothing itself. Nothing is timed
+before it was asked for, so the driver decides who runs when.
 """
 
 import ctypes
@@ -26,9 +26,9 @@ Step = Callable[[], Any]
 def main() -> None:
     """Serve until the input ends."""
     torch.set_num_threads(int(os.environ.get("CROSSHEAD_BENCH_THREADS", "2")))
-    build = importlib.import_module(f"benchmarks.{sys.argv[1]}").build
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what libraries print is no answer
+    build = importlib.import_module(f"benchmarks.{sys.argv[1]}").build
     steps: dict[str, tuple[Step, Step]] = {}
     for line in sys.stdin:
         message = json.loads(line)
@@ -53,9 +53,7 @@ def _answer(message: dict[str, Any], steps: dict[str, tuple[Step, Step]], build:
             step, product = steps[message["key"]]
             return {"product": _seconds(product), "seconds": _seconds(step)}
         case "peak":
-            step = build(message["implementation"], Path(message["inputs"]), **message["options"], keep_memory=False)
-            step()
-            return {"peak_bytes": _peak(step)}
+            return _forked(lambda: _peak(build, message))
         case "forget":
             steps.clear()
             return {}
@@ -75,13 +73,33 @@ def _seconds(step: Step) -> float:
     return time.perf_counter() - start
 
 
-def _peak(step: Step) -> int:
+def _forked(ask: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """Answer in a child process, which has this one's imports and nothing else of its past."""
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            answer = ask()
+        except Exception as error:
+            answer = {"error": f"{type(error).__name__}: {error}"}
+        os.write(writing, json.dumps(answer).encode())
+        os._exit(0)
+    os.close(writing)
+    with os.fdopen(reading, "rb") as pipe:
+        answer = pipe.read()
+    os.waitpid(child, 0)
+    return json.loads(answer or b'{"error": "the process that was to measure memory ended"}')
+
+
+def _peak(build: Callable[..., Step], message: dict[str, Any]) -> dict[str, Any]:
     """Growth of resident memory during a step over what was there before it (Linux with glibc)."""
+    step = build(message["implementation"], Path(message["inputs"]), **message["options"], keep_memory=False)
+    step()
     ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
     before = _status("VmRSS")
     step()
-    return max(0, _status("VmHWM") - before)
+    return {"peak_bytes": max(0, _status("VmHWM") - before)}
 
 
 def _status(name: str) -> int:

@@ -19,7 +19,7 @@ from crosshead.io.files import atomic_directory, read_json, write_json
 from crosshead.training.fit import Speed, fit
 from crosshead.training.runs import Run, read_run
 from flows._inputs import open_cache
-from flows._runtime import Stage, main
+from flows._runtime import Stage, main, repository_root
 from flows._tracking import TrackedRun, experiment_name, final_metrics, run_parameters, run_tags
 
 
@@ -74,10 +74,19 @@ def _identity(stage: Stage, run: Run) -> str:
 def _splice(
     stage: Stage, module: Dictionary, cache: ActivationSource, config: EvaluationConfig, device: str
 ) -> Splicing:
-    """Splice into the base model, always on the contexts as they are: a control has no say in what the model reads."""
+    """Splice into the base model, always on the contexts as they are: a control has no say in what the model reads.
+
+    A file in work/ remembers what ablations cost, for the other runs of the same code.
+    """
     language_model = load_model(stage.data / "model", device=device)
     batches = Batches(cache, "heldout", module.sites, 1, 0, device=device).all()
-    return cross_entropy_recovered(module, language_model, islice(batches, config.splice_contexts))
+    memory = repository_root() / "work" / f"ablated-{stage.identity(('machine',), ())}.json"
+    ablated = read_json(memory) if memory.exists() else {}
+    known = len(ablated)
+    spliced = cross_entropy_recovered(module, language_model, islice(batches, config.splice_contexts), ablated)
+    if len(ablated) > known:
+        write_json(memory, ablated)
+    return spliced
 
 
 def _save(stage: Stage, run: Run, module: Dictionary, beside: Mapping[str, Any], record: Mapping[str, Any]) -> None:

@@ -2,6 +2,8 @@ import pytest
 import torch
 
 from crosshead.activations.capture import capture, layer_weights
+from crosshead.activations.splice import splice
+from crosshead.analysis import splicing
 from crosshead.analysis.splicing import cross_entropy_recovered
 from crosshead.dictionaries.base import Batch, Site
 from crosshead.dictionaries.registry import build, config_class
@@ -84,3 +86,19 @@ def test_zero_ablation_is_the_model_without_that_attention_output(tiny_model):
         (result.ce_zero - result.ce_spliced) / (result.ce_zero - result.ce_clean)
     )
     assert Site(1, "attn_out") in module.target_sites
+
+
+@pytest.mark.parametrize("kind", CASES)
+def test_remembered_ablations_change_no_figure_and_are_not_run_again(kind, tiny_model, monkeypatch):
+    model = tiny_model("llama")
+    module, batches = setup(kind, model)
+    ablated = {}
+    first = cross_entropy_recovered(module, model, batches, ablated)
+    assert len(ablated) == 2 * len(batches)
+    passes = []
+    monkeypatch.setattr(splicing, "splice", lambda *a, **k: passes.append(1) or splice(*a, **k))
+    assert cross_entropy_recovered(module, model, batches, ablated) == first
+    assert len(passes) == len(batches)
+    other = Batch(batches[0].sites, batches[0].mask, batches[0].tokens.roll(1, 0))
+    cross_entropy_recovered(module, model, [other], ablated)
+    assert len(ablated) == 2 * len(batches) + 2

@@ -284,9 +284,10 @@ def _heads_finding(metrics: Record, config: ReportConfig) -> Finding | None:
     mtc = [r for r in rows if r["series"] == config.mtc]
     if not top1 or not mtc:
         return None
-    at = min(mtc, key=lambda r: abs(r["l0"] - 60))
-    same = min(top1, key=lambda r: abs(r["l0"] - at["l0"]))
-    few = [r for r in rows if r["heads_per_feature"] not in ("all", 1) and abs(r["l0"] - at["l0"]) < 0.25 * at["l0"]]
+    at = min(mtc, key=lambda r: (r["seed"], abs(r["l0"] - 60)))
+    same = min(top1, key=lambda r: (r["seed"] != at["seed"], abs(r["l0"] - at["l0"])))
+    few = [r for r in rows if r["heads_per_feature"] not in ("all", 1) and r["seed"] == same["seed"]
+           and abs(r["l0"] - at["l0"]) < 0.25 * at["l0"]]  # fmt: skip
     dose = "; ".join(f"{r['heads_per_feature']}: {r['normalised_mse']:.4f} at L0 {r['l0']:.0f}"
                      for r in sorted([*few, same], key=lambda r: r["heads_per_feature"]))  # fmt: skip
     s = at["superposition"]

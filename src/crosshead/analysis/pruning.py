@@ -1,6 +1,6 @@
 """How many movers a feature needs: keep its strongest few, refit one gain per feature, measure.
 
-Shape legend: n counted rows, F features, M movers (identity and heads), D width of the target.
+Shape legend: n counted rows, F features, M movers (identity and heads), D width of the target, K choices of movers.
 
 The movers of a feature are ranked by what they contribute over data, not by their loadings: patterns of heads are
 collinear. Keeping m of them scales what the feature still moves, so every feature gets a gain a_i, fitted together on
@@ -24,7 +24,7 @@ __all__ = ["Pruned", "pruned_errors"]
 
 _KEPT = (1, 2, 4)
 _LARGEST = 16_384
-"""Features up to which the [F, F] normal matrix is built."""
+"""Features up to which the [F, F] normal matrices are built, one per choice of movers (1 GiB each)."""
 _RIDGE = 1e-4
 """Pull towards a gain of 1, over the mean eigenvalue: features that hardly fire in the sample keep theirs."""
 
@@ -52,42 +52,47 @@ def pruned_errors(module: Any, train: Sequence[Batch], heldout: Sequence[Batch])
     most = int((module.effective_loadings() != 0).sum(0).max())
     rank = energies.argsort(dim=0, descending=True, stable=True).argsort(dim=0, stable=True)
     counts = [*(m for m in _KEPT if m < most), most]
-    return [_pruned(module, rank < m, m, train, heldout) for m in counts]
-
-
-def _pruned(
-    module: Any, kept: Bool[Tensor, "M F"], movers: int, train: Sequence[Batch], heldout: Sequence[Batch]
-) -> Pruned:
+    kept = torch.stack([rank < m for m in counts])
     gains = _fit_gains(module, kept, train)
-    error = variance = 0.0
-    n_tokens = 0
+    errors, variance = torch.zeros(len(counts), dtype=torch.float64), 0.0
     for batch in heldout:
         moved, rest, target = _rows(module, kept, batch)
-        error += float((rest - (moved * gains) @ module.decoder).double().square().sum())
+        for k, gain in enumerate(gains):
+            errors[k] += (rest - (moved[k] * gain) @ module.decoder).double().square().sum().cpu()
         variance += float(target.double().square().sum())
-        n_tokens += batch.n_counted
-    return Pruned(movers=movers, normalised_mse=error / variance, n_tokens=n_tokens)
+    n_tokens = sum(batch.n_counted for batch in heldout)
+    return [Pruned(movers=movers, normalised_mse=float(error) / variance, n_tokens=n_tokens)
+            for movers, error in zip(counts, errors, strict=True)]  # fmt: skip
 
 
-def _fit_gains(module: Any, kept: Bool[Tensor, "M F"], batches: Sequence[Batch]) -> Float[Tensor, " F"]:
+def _fit_gains(module: Any, kept: Bool[Tensor, "K M F"], batches: Sequence[Batch]) -> list[Float[Tensor, " F"]]:
+    """The gains of every choice of movers."""
     decoder = module.decoder
-    gram = decoder.new_zeros(len(decoder), len(decoder))
-    moment = decoder.new_zeros(len(decoder))
+    grams = decoder.new_zeros(len(kept), len(decoder), len(decoder))
+    moments = decoder.new_zeros(len(kept), len(decoder))
     for batch in batches:
         moved, rest, _ = _rows(module, kept, batch)
-        gram += moved.T @ moved
-        moment += (moved * (rest @ decoder.T)).sum(0)
-    normal = (gram * (decoder @ decoder.T)).double()
+        explained = rest @ decoder.T
+        for k, own in enumerate(moved):
+            grams[k].addmm_(own.T, own)
+            moments[k] += (own * explained).sum(0)
+    alike = decoder @ decoder.T
+    return [_solve(gram * alike, moment).to(decoder.dtype) for gram, moment in zip(grams, moments, strict=True)]
+
+
+def _solve(normal: Float[Tensor, "F F"], moment: Float[Tensor, " F"]) -> Float[Tensor, " F"]:
+    """Gains that are pulled towards 1 where the sample says little."""
+    normal = normal.double()
     pull = _RIDGE * normal.diagonal().mean() + 1e-12
     normal.diagonal().add_(pull)
-    return torch.linalg.solve(normal, moment.double() + pull).to(decoder.dtype)
+    return torch.linalg.solve(normal, moment.double() + pull)
 
 
 def _rows(
-    module: Any, kept: Bool[Tensor, "M F"], batch: Batch
-) -> tuple[Float[Tensor, "n F"], Float[Tensor, "n D"], Float[Tensor, "n D"]]:
+    module: Any, kept: Bool[Tensor, "K M F"], batch: Batch
+) -> tuple[Float[Tensor, "K n F"], Float[Tensor, "n D"], Float[Tensor, "n D"]]:
     """At counted positions: what the kept movers bring, the target without bias and first token, the target."""
     codes = module.encode(batch)
     base = module.decode(codes.with_values(torch.zeros_like(codes.values)), batch)
     target = module.target(batch)
-    return module.query_side_sums(batch, codes, kept)[batch.mask], (target - base)[batch.mask], target[batch.mask]
+    return module.query_side_sums(batch, codes, kept)[:, batch.mask], (target - base)[batch.mask], target[batch.mask]

@@ -5,7 +5,8 @@ the same sites to zero or to their training mean at the same positions; zero fla
 one is the default. The first token keeps its own activation throughout.
 """
 
-from collections.abc import Iterable
+import hashlib
+from collections.abc import Iterable, Mapping, MutableMapping
 
 import torch
 from jaxtyping import Float
@@ -42,8 +43,18 @@ class Splicing(BaseModel):
 
 
 @torch.no_grad()
-def cross_entropy_recovered(module: Dictionary, model: LanguageModel, batches: Iterable[Batch]) -> Splicing:
-    """Splice a dictionary's reconstructions into the base model. All its target sites are replaced together."""
+def cross_entropy_recovered(
+    module: Dictionary,
+    model: LanguageModel,
+    batches: Iterable[Batch],
+    ablated: MutableMapping[str, float] | None = None,
+) -> Splicing:
+    """Splice a dictionary's reconstructions into the base model. All its target sites are replaced together.
+
+    What an ablation costs does not depend on the dictionary. ``ablated`` remembers it, for others with the same
+    targets: summed losses by a hash of the model, the tokens and what replaces their activations.
+    """
+    ablated = {} if ablated is None else ablated
     totals: dict[str, float] = dict.fromkeys(("clean", "spliced", "zero", "mean", "kl"), 0.0)
     per_context: list[float] = []
     n_tokens = 0
@@ -58,18 +69,23 @@ def cross_entropy_recovered(module: Dictionary, model: LanguageModel, batches: I
         predicted = batch.mask[:, :-1]
         logits, prefix = run_with_prefix(model, batch.tokens, lowest)
         reference = _log_probabilities(logits)
-        losses = {"clean": _next_token_loss(reference, batch.tokens) * predicted}
-        totals["clean"] += float(losses["clean"].double().sum())
-        for name, replacements in variants.items():
-            logits = splice(model, batch.tokens, replacements, batch.mask, prefix=prefix)
-            log_probabilities = _log_probabilities(logits)
-            losses[name] = _next_token_loss(log_probabilities, batch.tokens) * predicted
-            totals[name] += float(losses[name].double().sum())
-            if name == "spliced":
-                kl = functional.kl_div(log_probabilities, reference, reduction="none", log_target=True).sum(-1)
-                totals["kl"] += float((kl * predicted).double().sum())
+        clean = _next_token_loss(reference, batch.tokens) * predicted
+        totals["clean"] += float(clean.double().sum())
+        for name in ("mean", "zero"):
+            key = _identity(model, batch, variants[name])
+            if key not in ablated:
+                logits = splice(model, batch.tokens, variants[name], batch.mask, prefix=prefix)
+                losses = _next_token_loss(_log_probabilities(logits), batch.tokens) * predicted
+                ablated[key] = float(losses.double().sum())
+            totals[name] += ablated[key]
+        logits = splice(model, batch.tokens, variants["spliced"], batch.mask, prefix=prefix)
+        log_probabilities = _log_probabilities(logits)
+        spliced = _next_token_loss(log_probabilities, batch.tokens) * predicted
+        totals["spliced"] += float(spliced.double().sum())
+        kl = functional.kl_div(log_probabilities, reference, reduction="none", log_target=True).sum(-1)
+        totals["kl"] += float((kl * predicted).double().sum())
         counts = predicted.sum(1)
-        per_context += ((losses["spliced"] - losses["clean"]).double().sum(1) / counts).tolist()
+        per_context += ((spliced - clean).double().sum(1) / counts).tolist()
         n_tokens += int(counts.sum())
     if not n_tokens:
         raise ValueError("no held-out positions to splice; raise evaluation.splice_contexts")
@@ -86,6 +102,16 @@ def cross_entropy_recovered(module: Dictionary, model: LanguageModel, batches: I
         ce_recovered_zero=_recovered(means, "zero"),
         context_delta_ce=per_context,
     )
+
+
+def _identity(model: LanguageModel, batch: Batch, replacements: Mapping[Site, Tensor]) -> str:
+    """What an ablated pass depends on."""
+    digest = hashlib.sha256(model.fingerprint.encode())
+    parts = {"tokens": batch.tokens, "mask": batch.mask} | {str(site): t for site, t in replacements.items()}
+    for name, tensor in parts.items():
+        digest.update(f"{name} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.contiguous().cpu().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _log_probabilities(logits: Float[Tensor, "B T V"]) -> Float[Tensor, "B T-1 V"]:

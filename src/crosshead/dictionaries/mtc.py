@@ -277,14 +277,16 @@ class Module(Dictionary):
 
     @torch.no_grad()
     def query_side_sums(
-        self, batch: Batch, codes: SparseCodes, kept: Bool[Tensor, "M F"] | None = None
-    ) -> Float[Tensor, "B T F"]:
-        """g_i(t) of every feature, dense; with ``kept``, through those movers only. For analysis, not for training."""
-        loadings = self.effective_loadings() if kept is None else self.effective_loadings() * kept
+        self, batch: Batch, codes: SparseCodes, kept: Bool[Tensor, "K M F"]
+    ) -> Float[Tensor, "K B T F"]:
+        """g_i(t) of every feature through each of K choices of movers, dense. For analysis, not for training."""
+        loadings_KMF = self.effective_loadings() * kept
         dense = codes.to_dense().view(*batch.mask.shape, -1)
-        sums = dense * loadings[0]
+        sums = dense * loadings_KMF[:, 0, None, None]
         for h in range(self.dims.n_heads):
-            sums += batch[Site(self.layer, "pattern")][:, h] @ (dense * loadings[h + 1])
+            moved = batch[Site(self.layer, "pattern")][:, h] @ dense
+            for sum_BTF, loading in zip(sums, loadings_KMF[:, h + 1], strict=True):
+                sum_BTF.addcmul_(moved, loading)
         return sums
 
     @torch.no_grad()

@@ -16,7 +16,7 @@ _HEAD = (
 
 
 def write_tables(home: Path, rows: list[dict[str, Any]], date: str, machine: dict[str, Any]) -> None:
-    """Write latest.json (the rows), <date>.md and steps.png into ``home``."""
+    """Write latest.json (the rows), <date>.md, steps.png and growth.png into ``home``."""
     write_json(home / "latest.json", [{**row, "date": date} for row in rows])
     described = ", ".join(f"{name} {value}" for name, value in machine.items())
     lines = [
@@ -31,9 +31,14 @@ def write_tables(home: Path, rows: list[dict[str, Any]], date: str, machine: dic
         "",
         "![Steps in encoder products](steps.png)",
         "",
+        "How our steps grow with active features, rows, heads and context length, everything else at its middle value:",
+        "",
+        "![Growth](growth.png)",
+        "",
     ]
     write_text(home / f"{date}.md", "\n".join(lines))
-    _plot(home / "steps.png", rows)
+    _plot_features(home / "steps.png", rows)
+    _plot_growth(home / "growth.png", rows)
 
 
 def _line(row: dict[str, Any]) -> str:
@@ -48,7 +53,7 @@ def _line(row: dict[str, Any]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def _plot(path: Path, rows: list[dict[str, Any]]) -> None:
+def _plot_features(path: Path, rows: list[dict[str, Any]]) -> None:
     """How a step's price in encoder products falls with the number of features."""
     works = [work for work in dict.fromkeys(row["work"] for row in rows) if " step" in work and "Adam" not in work]
     figure, axes = plt.subplots(1, max(1, len(works)), figsize=(4.2 * max(1, len(works)), 3.6), squeeze=False)
@@ -62,6 +67,28 @@ def _plot(path: Path, rows: list[dict[str, Any]]) -> None:
         axis.axhline(1.0, color="grey", linewidth=1, linestyle=":")
         axis.set(title=work, xlabel="features", xscale="log", yscale="log", ylabel="encoder products")
         axis.legend(fontsize=7)
+    figure.tight_layout()
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def _plot_growth(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Our steps at 8,192 features along every other dimension of the work."""
+    middle = {"N": 1024, "T": 256, "F": 8192, "L0": 64}
+    names = {"L0": "active features per position", "N": "rows", "H": "movers", "T": "context length"}
+    figure, axes = plt.subplots(1, len(names), figsize=(3.6 * len(names), 3.4), sharey=True)
+    for axis, (name, label) in zip(axes, names.items(), strict=True):
+        fixed = {other: value for other, value in middle.items() if other != name}
+        for work, implementation in (("mtc step", "ours/batch_topk"), ("sae step, topk", "ours/topk")):
+            own = [row for row in rows if row["work"] == work and row["implementation"] == implementation
+                   and "error" not in row and all(row["shape"].get(k) == v for k, v in fixed.items())
+                   and (name == "H" or row["shape"]["H"] in (1, 10))]  # fmt: skip
+            points = sorted((row["shape"][name], row["ratio_to_encoder_product"]) for row in own)
+            axis.plot(*zip(*points, strict=True) if points else ((), ()), marker="o", label=work)
+        axis.axhline(1.0, color="grey", linewidth=1, linestyle=":")
+        axis.set(xlabel=label, ylim=(0, None))
+    axes[0].set(ylabel="encoder products")
+    axes[0].legend(fontsize=8)
     figure.tight_layout()
     figure.savefig(path, dpi=130)
     plt.close(figure)

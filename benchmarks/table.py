@@ -4,14 +4,15 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
+from matplotlib.ticker import FixedLocator, NullLocator, StrMethodFormatter
 
 from crosshead.io.files import write_json, write_text
 
 __all__ = ["write_tables"]
 
 _HEAD = (
-    "| work | implementation | N | F | L0 | ms | encoder products | of ours | peak MiB |",
-    f"|---|---{'|--:' * 7}|",
+    "| work | implementation | N | T | F | H | L0 | ms | encoder products | of ours | peak MiB |",
+    f"|---|---{'|--:' * 9}|",
 )
 
 
@@ -24,7 +25,9 @@ def write_tables(home: Path, rows: list[dict[str, Any]], date: str, machine: dic
         "",
         f"{described}. Milliseconds mean little elsewhere; *encoder products* is the time of a step over that of a",
         "preallocated `mm` of the encoder's shape right before it, *of ours* is over our first row's step in the same",
-        "round. Medians over pairs of neighbouring turns. Written by `make bench`.",
+        "round. Medians over pairs of neighbouring turns. *Peak* is by how much resident memory grew during a step",
+        "over inputs, weights and the gradients of the step before. H counts movers (the identity is one). Written by",
+        "`make bench`.",
         "",
         *_HEAD,
         *(_line(row) for row in rows),
@@ -43,7 +46,7 @@ def write_tables(home: Path, rows: list[dict[str, Any]], date: str, machine: dic
 
 def _line(row: dict[str, Any]) -> str:
     shape = row["shape"]
-    cells = [row["work"], row["implementation"], *(str(shape.get(name, "")) for name in ("N", "F", "L0"))]
+    cells = [row["work"], row["implementation"], *(str(shape.get(name, "")) for name in ("N", "T", "F", "H", "L0"))]
     if "error" in row:
         return f"| {' | '.join(cells)} | {row['error'][:80]} | | | |"
     cells.append(f"{row['seconds_median'] * 1e3:,.0f}")
@@ -55,17 +58,25 @@ def _line(row: dict[str, Any]) -> str:
 
 def _plot_features(path: Path, rows: list[dict[str, Any]]) -> None:
     """How a step's price in encoder products falls with the number of features."""
-    works = [work for work in dict.fromkeys(row["work"] for row in rows) if " step" in work and "Adam" not in work]
+    rows = [row for row in rows if row["shape"].get("N") == 1024 and row["shape"].get("L0") == 64
+            and row["shape"]["T"] == 256 and row["shape"].get("H") in (1, 10) and "error" not in row]  # fmt: skip
+    works = [work for work in dict.fromkeys(row["work"] for row in rows) if "Adam" not in work]
     figure, axes = plt.subplots(1, max(1, len(works)), figsize=(4.2 * max(1, len(works)), 3.6), squeeze=False)
     for axis, work in zip(axes[0], works, strict=False):
-        chosen = [row for row in rows if row["work"] == work and row["shape"].get("N") == 1024
-                  and row["shape"]["L0"] == 64 and "error" not in row]  # fmt: skip
+        chosen = [row for row in rows if row["work"] == work]
         for name in dict.fromkeys(row["implementation"] for row in chosen):
             points = sorted((row["shape"]["F"], row["ratio_to_encoder_product"]) for row in chosen
                             if row["implementation"] == name)  # fmt: skip
             axis.plot(*zip(*points, strict=True), marker="o", label=name, linewidth=2 if name.startswith("ours") else 1)
         axis.axhline(1.0, color="grey", linewidth=1, linestyle=":")
         axis.set(title=work, xlabel="features", xscale="log", yscale="log", ylabel="encoder products")
+        for ticks, values in (
+            (axis.xaxis, sorted({row["shape"]["F"] for row in chosen})),
+            (axis.yaxis, (1, 2, 5, 10, 20)),
+        ):
+            ticks.set_major_locator(FixedLocator(list(values)))
+            ticks.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+            ticks.set_minor_locator(NullLocator())
         axis.legend(fontsize=7)
     figure.tight_layout()
     figure.savefig(path, dpi=130)

@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from crosshead.analysis import pruning
 from crosshead.analysis.evaluation import EvaluationConfig, evaluate
 from crosshead.analysis.pruning import pruned_errors
 from crosshead.dictionaries.base import Batch
@@ -10,8 +11,9 @@ from tests.dictionaries.cases import random_batch
 TRAIN = [random_batch(seed) for seed in (20, 21, 22)]
 
 
-def test_gains_and_error_equal_ordinary_least_squares():
+def test_gains_and_error_equal_ordinary_least_squares(monkeypatch):
     """Brute force: every feature's written output as one column of a dense design matrix."""
+    monkeypatch.setattr(pruning, "_PULL", 0.0)
     module, batches = ready("mtc/topk")
     row = pruned_errors(module, TRAIN, batches)[0]
     assert row.movers == 1
@@ -85,3 +87,13 @@ def test_a_one_mover_dictionary_has_one_row():
 def test_dictionaries_that_move_nothing_have_no_row():
     module, batches = ready("attn_out_sae/topk")
     assert pruned_errors(module, TRAIN, batches) == []
+
+
+def test_a_feature_that_fired_once_in_the_refit_sample_keeps_its_gain():
+    """What noise says about a rare feature must not be believed: on other contexts it would do harm."""
+    module, batches = ready("mtc/topk")
+    noise = torch.Generator().manual_seed(0)
+    train = [Batch({site: tensor + 3.0 * torch.randn(tensor.shape, generator=noise) if site.name == "attn_out" else tensor
+                    for site, tensor in batch.sites.items()}, batch.mask, batch.tokens) for batch in TRAIN[:1]]  # fmt: skip
+    unpruned = evaluate(module, batches, EvaluationConfig(detail_contexts=99)).normalised_mse
+    assert pruned_errors(module, train, batches)[-1].normalised_mse < 1.05 * unpruned

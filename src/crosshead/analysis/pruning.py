@@ -25,8 +25,11 @@ __all__ = ["Pruned", "pruned_errors"]
 _KEPT = (1, 2, 4)
 _LARGEST = 16_384
 """Features up to which the [F, F] normal matrices are built, one per choice of movers (1 GiB each)."""
-_RIDGE = 1e-4
-"""Pull towards a gain of 1, over the mean eigenvalue: features that hardly fire in the sample keep theirs."""
+_PULL = 40.0
+"""Pull towards a gain of 1, over the mean squared error per entry at gains of 1: features that hardly fire in the
+sample keep theirs. A normal prior of standard deviation 0.5 would be 4 if errors were independent; they go on from one
+position to the next. Between 4 and 400 results move by 1%; at 0.02 gains of rare features reached 7, and what was
+fitted on 16 contexts was worse on others than no refit at all."""
 
 
 class Pruned(BaseModel):
@@ -70,22 +73,27 @@ def _fit_gains(module: Any, kept: Bool[Tensor, "K M F"], batches: Sequence[Batch
     decoder = module.decoder
     grams = decoder.new_zeros(len(kept), len(decoder), len(decoder))
     moments = decoder.new_zeros(len(kept), len(decoder))
+    errors = decoder.new_zeros(len(kept), dtype=torch.float64)
+    n_entries = 0
     for batch in batches:
         moved, rest, _ = _rows(module, kept, batch)
         explained = rest @ decoder.T
+        n_entries += rest.numel()
         for k, own in enumerate(moved):
             grams[k].addmm_(own.T, own)
             moments[k] += (own * explained).sum(0)
+            errors[k] += (rest - own @ decoder).double().square().sum()
     alike = decoder @ decoder.T
-    return [_solve(gram * alike, moment).to(decoder.dtype) for gram, moment in zip(grams, moments, strict=True)]
+    pulls = _PULL * errors / n_entries
+    return [_solve((gram * alike).double(), moment.double(), pull).to(decoder.dtype)
+            for gram, moment, pull in zip(grams, moments, pulls, strict=True)]  # fmt: skip
 
 
-def _solve(normal: Float[Tensor, "F F"], moment: Float[Tensor, " F"]) -> Float[Tensor, " F"]:
-    """Gains that are pulled towards 1 where the sample says little."""
-    normal = normal.double()
-    pull = _RIDGE * normal.diagonal().mean() + 1e-12
+def _solve(normal: Float[Tensor, "F F"], moment: Float[Tensor, " F"], pull: Float[Tensor, ""]) -> Float[Tensor, " F"]:
+    """The gains a that minimise a' normal a - 2 moment' a + pull ||a - 1||^2."""
+    pull = pull + 1e-6 * normal.diagonal().mean() + 1e-12
     normal.diagonal().add_(pull)
-    return torch.linalg.solve(normal, moment.double() + pull)
+    return torch.linalg.solve(normal, moment + pull)
 
 
 def _rows(

@@ -92,8 +92,8 @@ def test_dictionaries_that_move_nothing_have_no_row():
 def test_a_feature_that_fired_once_in_the_refit_sample_keeps_its_gain():
     """What noise says about a rare feature must not be believed: on other contexts it would do harm."""
     module, batches = ready("mtc/topk")
-    noise = torch.Generator().manual_seed(0)
-    train = [Batch({site: tensor + 3.0 * torch.randn(tensor.shape, generator=noise) if site.name == "attn_out" else tensor
-                    for site, tensor in batch.sites.items()}, batch.mask, batch.tokens) for batch in TRAIN[:1]]  # fmt: skip
+    noise, target = torch.Generator().manual_seed(0), module.target_sites[0]
+    noisy = {target: TRAIN[0][target] + 3.0 * torch.randn(TRAIN[0][target].shape, generator=noise)}
+    train = [Batch(dict(TRAIN[0].sites) | noisy, TRAIN[0].mask, TRAIN[0].tokens)]
     unpruned = evaluate(module, batches, EvaluationConfig(detail_contexts=99)).normalised_mse
     assert pruned_errors(module, train, batches)[-1].normalised_mse < 1.05 * unpruned

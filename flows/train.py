@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from itertools import islice
 from typing import Any
@@ -80,7 +81,8 @@ def _splice(
     """
     language_model = load_model(stage.data / "model", device=device)
     batches = Batches(cache, "heldout", module.sites, 1, 0, device=device).all()
-    memory = repository_root() / "work" / f"ablated-{stage.identity(('machine',), ())}.json"
+    programs = replace(stage, name="train").identity(("machine",), ())
+    memory = repository_root() / "work" / f"ablated-{programs}.json"
     ablated = read_json(memory) if memory.exists() else {}
     known = len(ablated)
     spliced = cross_entropy_recovered(module, language_model, islice(batches, config.splice_contexts), ablated)

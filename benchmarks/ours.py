@@ -18,14 +18,14 @@ from crosshead.io.tensors import load_tensors
 from crosshead.maths.forms import Product
 from crosshead.maths.scan import largest_entries, largest_per_row
 
-Step = Callable[[], Any]
+Step = Callable[[], torch.nn.Module]
 
 
 def build(
     implementation: str, inputs: Path, *, l0: int, rows: int, positions: int, heads: int | None = None,
     optimiser: bool = False, keep_memory: bool = True,
 ) -> Step:  # fmt: skip
-    """A step: zero gradients, loss, backward, and Adam's update if ``optimiser``.
+    """A step: zero gradients, loss, backward, and Adam's update if ``optimiser``. It returns what it trained.
 
     ``positions`` of every context and the first ``heads`` heads are used; ``keep_memory`` is ``Machine.prepare``.
     """
@@ -43,11 +43,12 @@ def build(
     }[variant]
     adam = torch.optim.Adam(module.parameters(), lr=1e-5, fused=True) if optimiser else None
 
-    def step() -> None:
+    def step() -> torch.nn.Module:
         module.zero_grad(set_to_none=True)
         loss().backward()
         if adam is not None:
             adam.step()
+        return module
 
     return step
 
@@ -122,7 +123,7 @@ def naive_mtc_loss(module: Any, batch: Batch, *, feature_side: bool) -> Tensor:
     f = torch.relu(torch.addmm(module.encoder.bias, x, module.encoder.weight.T)) * mask.flatten()[:, None]
     penalty = module.config.sparsity.coefficient * (f.sum(0) * module.feature_norms()).sum()
     f = f.view(*mask.shape, -1)
-    pattern = batch[Site(module.layer, "pattern")]
+    pattern = batch[Site(module.layer, "pattern")].to(module.decoder.dtype)
     if feature_side:
         moved = f * module.loadings[0]
         for h in range(pattern.shape[1]):

@@ -21,13 +21,13 @@ for _name in ("nnsight", "nnsight.intervention"):
 from dictionary_learning.trainers.standard import StandardTrainerAprilUpdate  # noqa: E402
 from dictionary_learning.trainers.top_k import TopKTrainer  # noqa: E402
 
-Step = Callable[[], Any]
+Step = Callable[[], nn.Module]
 
 
 def build(
     implementation: str, inputs: Path, *, l0: int, rows: int, optimiser: bool = False, keep_memory: bool = True
 ) -> Step:
-    """A step: zero gradients, forward, backward, and Adam's update if ``optimiser``.
+    """A step: zero gradients, forward, backward, and Adam's update if ``optimiser``. It returns what it trained.
 
     ``keep_memory`` gives the peers the same allocator settings as ours.
     """
@@ -41,11 +41,12 @@ def build(
     module, loss = _IMPLEMENTATIONS[implementation](x, weight, bias, decoder, l0)
     adam = torch.optim.Adam(module.parameters(), lr=1e-5, fused=True) if optimiser else None
 
-    def step() -> None:
+    def step() -> nn.Module:
         module.zero_grad(set_to_none=True)
         loss().backward()
         if adam is not None:
             adam.step()
+        return module
 
     return step
 

@@ -2,9 +2,9 @@
 
     python -m benchmarks.run [--data data/laptop] [--pairs 7] [--only PATTERN]
 
-Implementations of one work take turns, one step each, and every turn begins with a preallocated product of the
-encoder's shape in the same process: a machine that slows down slows all of them. Ratios are medians of the ratios of
-neighbouring turns. Writes latest.json, a dated table and plots beside this file; with --only it prints and writes
+Implementations of one work take turns, one step each, in an order that moves on every round, and a turn begins with a
+preallocated product of the encoder's shape in the same process: a machine that slows down slows all of them. Ratios are
+medians over the rounds. Writes latest.json, a dated table and plots beside this file; with --only it prints and writes
 nothing. Memory is measured in a process of its own for every row, with the allocator's default settings: a second
 worker of each environment forks them.
 """
@@ -26,6 +26,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.parts import step_parts
 from benchmarks.prepare import L0S, prepare
 from benchmarks.table import write_tables
 from benchmarks.whole import whole_rows
@@ -55,7 +56,7 @@ class Work:
 
 @dataclass
 class Side:
-    """A worker process of one environment."""
+    """A worker process of one environment. CROSSHEAD_BENCH_THREADS (2) is the number of its threads."""
 
     name: str
     python: Path
@@ -115,8 +116,9 @@ def measure(
         answer = sides[name.split(":")[0]].ask(do="build", key=name, shape=work.shape, **request)
         if "error" in answer:
             failures[name] = answer["error"]
-    for _ in range(pairs):
-        for name in work.implementations:
+    for i in range(pairs):
+        first = i % len(work.implementations)
+        for name in (*work.implementations[first:], *work.implementations[:first]):
             if name not in failures:
                 answer = sides[name.split(":")[0]].ask(do="run", key=name)
                 if "error" in answer:
@@ -132,12 +134,17 @@ def measure(
         if name in failures:
             rows.append(row | {"error": failures[name]})
             continue
-        own, first = turns[name], turns[ours]
-        ratios = [t["seconds"] / o["seconds"] for t, o in zip(own, first, strict=False)]
+        own = turns[name]
+        ratios = [t["seconds"] / o["seconds"] for t, o in zip(own, turns[ours], strict=False)]
+        products = [t["seconds"] / t["product"] for t in own]
+        memory = fresh[name.split(":")[0]].ask(do="peak", **request)
+        if "error" in memory:
+            row["memory_error"] = memory["error"]
         rows.append(row | {
             "seconds_median": statistics.median(t["seconds"] for t in own),
-            "peak_bytes": fresh[name.split(":")[0]].ask(do="peak", **request).get("peak_bytes"),
-            "ratio_to_encoder_product": statistics.median(t["seconds"] / t["product"] for t in own),
+            "peak_bytes": memory.get("peak_bytes"),
+            "ratio_to_encoder_product": statistics.median(products),
+            "ratio_to_encoder_product_quartiles": statistics.quantiles(products, n=4)[::2],
             "ratio_to_ours": statistics.median(ratios) if ratios else None,
             "product_gflops": statistics.median(_gflop(work.shape) / t["product"] for t in own),
             "pairs": pairs,
@@ -178,7 +185,8 @@ def machine() -> dict[str, Any]:
     """What the figures belong to."""
     model = next((line.split(":")[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")), "?")
     flags = next((line for line in _lines("/proc/cpuinfo") if line.startswith("flags")), "")
-    return {"cpu": model, "avx512": "avx512f" in flags, "cores": os.cpu_count(), "threads": 2,
+    threads = int(os.environ.get("CROSSHEAD_BENCH_THREADS", "2"))
+    return {"cpu": model, "avx512": "avx512f" in flags, "cores": os.cpu_count(), "threads": threads,
             "python": platform.python_version(), "torch": torch.__version__}  # fmt: skip
 
 
@@ -201,13 +209,13 @@ def main() -> None:
         if not re.search(arguments.only, f"{work.name} {work.shape}"):
             continue
         inputs = prepare(arguments.data, HOME / ".inputs", work.kind, work.shape["F"])
-        large = work.shape["N"] * work.shape["F"] > 2**26
-        new = measure(work, inputs, sides, fresh, max(3, arguments.pairs // 2) if large else arguments.pairs)
+        new = measure(work, inputs, sides, fresh, arguments.pairs)
         print(*map(_line, new), sep="\n", flush=True)
         rows += new
     if arguments.only:
         return
-    for row in whole_rows(ROOT, arguments.data, arguments.pairs):
+    mtc = {features: prepare(arguments.data, HOME / ".inputs", "mtc", features) for features in FEATURES}
+    for row in (*step_parts(mtc, arguments.pairs), *whole_rows(ROOT, arguments.data, arguments.pairs)):
         rows.append(row)
         print(row, flush=True)
     write_tables(HOME, rows, time.strftime("%Y-%m-%d"), machine())

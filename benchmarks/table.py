@@ -11,8 +11,8 @@ from crosshead.io.files import write_json, write_text
 __all__ = ["write_tables"]
 
 _HEAD = (
-    "| work | implementation | N | T | F | H | L0 | ms | encoder products | of ours | peak MiB |",
-    f"|---|---{'|--:' * 9}|",
+    "| work | implementation | N | T | F | H | L0 | ms | encoder products | of ours | peak MiB | rounds |",
+    f"|---|---{'|--:' * 10}|",
 )
 
 
@@ -25,9 +25,8 @@ def write_tables(home: Path, rows: list[dict[str, Any]], date: str, machine: dic
         "",
         f"{described}. Milliseconds mean little elsewhere; *encoder products* is the time of a step over that of a",
         "preallocated `mm` of the encoder's shape right before it, *of ours* is over our first row's step in the same",
-        "round. Medians over pairs of neighbouring turns. *Peak* is by how much resident memory grew during a step",
-        "over inputs, weights and the gradients of the step before. H counts movers (the identity is one). Written by",
-        "`make bench`.",
+        "round; medians over rounds, quartiles in brackets. *Peak* is by how much resident memory grows during a step,",
+        "over inputs and weights, gradients included. H counts movers (the identity is one). Written by `make bench`.",
         "",
         *_HEAD,
         *(_line(row) for row in rows),
@@ -46,21 +45,34 @@ def write_tables(home: Path, rows: list[dict[str, Any]], date: str, machine: dic
 
 def _line(row: dict[str, Any]) -> str:
     shape = row["shape"]
-    cells = [row["work"], row["implementation"], *(str(shape.get(name, "")) for name in ("N", "T", "F", "H", "L0"))]
+    speed = f", {row['positions_per_second']:,.0f} positions/s" if "positions_per_second" in row else ""
+    waited = f", {row['waited_share']:.1%} waiting" if "waited_share" in row else ""
+    cells = [
+        row["work"],
+        row["implementation"] + speed + waited,
+        *(str(shape.get(name, "")) for name in ("N", "T", "F", "H", "L0")),
+    ]
     if "error" in row:
-        return f"| {' | '.join(cells)} | {row['error'][:80]} | | | |"
+        return f"| {' | '.join(cells)} | {row['error'][:80]} | | | | |"
     cells.append(f"{row['seconds_median'] * 1e3:,.0f}")
-    cells.append("" if row["ratio_to_encoder_product"] is None else f"{row['ratio_to_encoder_product']:.2f}")
+    cells.append("" if row["ratio_to_encoder_product"] is None else _with_quartiles(row))
     cells.append("" if row["ratio_to_ours"] is None else f"{row['ratio_to_ours']:.2f}")
     cells.append("" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 2**20:,.0f}")
+    cells.append(str(row["pairs"]))
     return f"| {' | '.join(cells)} |"
+
+
+def _with_quartiles(row: dict[str, Any]) -> str:
+    quartiles = row.get("ratio_to_encoder_product_quartiles")
+    spread = "" if quartiles is None else " ({:.2f} to {:.2f})".format(*quartiles)
+    return f"{row['ratio_to_encoder_product']:.2f}{spread}"
 
 
 def _plot_features(path: Path, rows: list[dict[str, Any]]) -> None:
     """How a step's price in encoder products falls with the number of features."""
     rows = [row for row in rows if row["shape"].get("N") == 1024 and row["shape"].get("L0") == 64
             and row["shape"]["T"] == 256 and row["shape"].get("H") in (1, 10) and "error" not in row]  # fmt: skip
-    works = [work for work in dict.fromkeys(row["work"] for row in rows) if "Adam" not in work]
+    works = [work for work in dict.fromkeys(row["work"] for row in rows) if " step, " in work or work == "mtc step"]
     figure, axes = plt.subplots(1, max(1, len(works)), figsize=(4.2 * max(1, len(works)), 3.6), squeeze=False)
     for axis, work in zip(axes[0], works, strict=False):
         chosen = [row for row in rows if row["work"] == work]

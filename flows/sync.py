@@ -102,7 +102,8 @@ def derived_parameters(profile: str) -> str:
     }
     if (path := ROOT / "flows" / "profiles" / profile / "params.yaml").exists():
         # Prices are measured on the machine a profile is for (`make calibrate PROFILE=...`), so each keeps its own.
-        sections["training"]["engine"]["costs"] = read_sections(path)["training"]["engine"]["costs"]
+        own = read_sections(path).get("training", {}).get("engine", {})
+        sections["training"]["engine"] |= {"costs": own["costs"]} if "costs" in own else {}
     note = {"evidence": _evidence, "gpu": _gpu}[profile](sections)
     lines = [f"# {note}", "# Written by `make sync` from the root's params.yaml; change flows/sync.py instead."]
     for name, section in sections.items():
@@ -186,7 +187,10 @@ def _gpu(sections: Sections) -> str:
     for run in sections["runs"].values():
         run.pop("training", None)
     sections["evaluation"] |= {"splice_contexts": 64}
-    return "The gpu profile: 100,000 features per MTC, 33 million tokens (16 passes; a hub corpus has more), bf16."
+    return (
+        "The gpu profile: 100,000 features per MTC, 33 million tokens (16 passes; a hub corpus has more), bf16.\n"
+        "# The prices in training.engine.costs are a CPU's until `make calibrate PROFILE=gpu` has run on the GPU."
+    )
 
 
 def _main() -> None:

@@ -86,8 +86,8 @@ def _splice(
     ablated = read_json(memory) if memory.exists() else {}
     known = len(ablated)
     spliced = cross_entropy_recovered(module, language_model, islice(batches, config.splice_contexts), ablated)
-    if len(ablated) > known:
-        write_json(memory, ablated)
+    if len(ablated) > known:  # runs at the same time may both have written; what one loses is computed again
+        write_json(memory, (read_json(memory) if memory.exists() else {}) | ablated)
     return spliced
 
 

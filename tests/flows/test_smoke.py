@@ -87,6 +87,13 @@ def test_nothing_is_left_in_work(finished: Path):
     assert [path.name for path in (finished / "work").iterdir() if path.is_dir()] == []
 
 
+def test_an_ablation_is_computed_once_for_all_runs_with_the_same_targets(finished: Path, runs: dict):
+    """Zero and mean ablation of one context: MTCs and attention-output SAEs share theirs, value SAEs share by layers."""
+    (memory,) = (finished / "work").glob("ablated-*.json")
+    targets = {("attn_out" if run["kind"] != "value_sae" else "v", *run["layers"]) for run in runs.values()}
+    assert len(json.loads(memory.read_text())) == 2 * len(targets)
+
+
 def test_a_second_repro_does_nothing(finished: Path):
     again = call(finished, "make", "-o", ".venv/.installed", "findings", "PROFILE=smoke")
     assert ran(again) == []

@@ -238,3 +238,16 @@ def test_shapes_that_do_not_fit_are_refused():
     codes = SparseCodes.from_dense(p.active.double())
     with pytest.raises(ValueError, match="patterns of shape"):
         mixed_decode(codes, p.loadings[:2], p.decoder, p.patterns)
+
+
+def test_sums_per_feature_and_their_gradients_are_the_same_without_atomics():
+    p = Problem(2, 0.2, contexts=2, positions=9, features=30)
+    codes = SparseCodes.from_dense(p.active * 1.0)
+    weights, results = p.draw(30), []
+    for sums in (SparseCodes.feature_sums, SparseCodes._segment_sums):
+        values = p.draw(0).new_tensor(range(len(codes.values))).requires_grad_()
+        total = sums(codes.with_values(values))
+        (gradient,) = torch.autograd.grad(total @ weights, values)
+        results.append((total.detach(), gradient))
+    for first, second in zip(*results, strict=True):
+        torch.testing.assert_close(first, second)

@@ -23,13 +23,13 @@ from crosshead.dictionaries.base import Batch
 __all__ = ["Pruned", "pruned_errors"]
 
 _KEPT = (1, 2, 4)
-_LARGEST = 16_384
-"""Features up to which the [F, F] normal matrices are built, one per choice of movers (1 GiB each)."""
+_LARGEST = 8_192
+"""Features up to which the [F, F] normal matrices are built, one per choice of movers (256 MiB each)."""
 _PULL = 40.0
-"""Pull towards a gain of 1, over the mean squared error per entry at gains of 1: features that hardly fire in the
-sample keep theirs. A normal prior of standard deviation 0.5 would be 4 if errors were independent; they go on from one
-position to the next. Between 4 and 400 results move by 1%; at 0.02 gains of rare features reached 7, and what was
-fitted on 16 contexts was worse on others than no refit at all."""
+"""Pull towards a gain of 1, over the dictionary's mean squared error per entry: features that hardly fire in the sample
+keep theirs, with few movers as with all. A normal prior of standard deviation 0.5 would be 4 if errors were
+independent; they go on from one position to the next. Between 4 and 400 results move by 1%; at 0.02 gains of rare
+features reached 7, and what was fitted on 16 contexts was worse on others than no refit at all."""
 
 
 class Pruned(BaseModel):
@@ -47,7 +47,7 @@ def pruned_errors(module: Any, train: Sequence[Batch], heldout: Sequence[Batch])
     """One row for 1, 2, 4 and all movers that the dictionary keeps.
 
     Gains are fitted on ``train``, errors measured on ``heldout``; no row for dictionaries that move nothing, have more
-    than 16,384 features, or without batches.
+    than 8,192 features, or without batches.
     """
     if not hasattr(module, "contributions") or module.config.features > _LARGEST or not train or not heldout:
         return []
@@ -69,12 +69,11 @@ def pruned_errors(module: Any, train: Sequence[Batch], heldout: Sequence[Batch])
 
 
 def _fit_gains(module: Any, kept: Bool[Tensor, "K M F"], batches: Sequence[Batch]) -> list[Float[Tensor, " F"]]:
-    """The gains of every choice of movers."""
+    """The gains of every choice of movers; the last one is all of them."""
     decoder = module.decoder
     grams = decoder.new_zeros(len(kept), len(decoder), len(decoder))
     moments = decoder.new_zeros(len(kept), len(decoder))
-    errors = decoder.new_zeros(len(kept), dtype=torch.float64)
-    n_entries = 0
+    error, n_entries = decoder.new_zeros((), dtype=torch.float64), 0
     for batch in batches:
         moved, rest, _ = _rows(module, kept, batch)
         explained = rest @ decoder.T
@@ -82,11 +81,11 @@ def _fit_gains(module: Any, kept: Bool[Tensor, "K M F"], batches: Sequence[Batch
         for k, own in enumerate(moved):
             grams[k].addmm_(own.T, own)
             moments[k] += (own * explained).sum(0)
-            errors[k] += (rest - own @ decoder).double().square().sum()
+        error += (rest - moved[-1] @ decoder).double().square().sum()
     alike = decoder @ decoder.T
-    pulls = _PULL * errors / n_entries
+    pull = _PULL * error / n_entries
     return [_solve((gram * alike).double(), moment.double(), pull).to(decoder.dtype)
-            for gram, moment, pull in zip(grams, moments, pulls, strict=True)]  # fmt: skip
+            for gram, moment in zip(grams, moments, strict=True)]  # fmt: skip
 
 
 def _solve(normal: Float[Tensor, "F F"], moment: Float[Tensor, " F"], pull: Float[Tensor, ""]) -> Float[Tensor, " F"]:

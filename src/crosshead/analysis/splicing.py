@@ -105,12 +105,15 @@ def cross_entropy_recovered(
 
 
 def _identity(model: LanguageModel, batch: Batch, replacements: Mapping[Site, Tensor]) -> str:
-    """What an ablated pass depends on."""
-    digest = hashlib.sha256(model.fingerprint.encode())
+    """What an ablated pass depends on, the arithmetic included."""
+    machine = torch.backends.cpu.get_cpu_capability()
+    if batch.tokens.is_cuda:
+        machine = torch.cuda.get_device_name(batch.tokens.device)
+    digest = hashlib.sha256(f"{model.fingerprint} {machine}".encode())
     parts = {"tokens": batch.tokens, "mask": batch.mask} | {str(site): t for site, t in replacements.items()}
     for name, tensor in parts.items():
-        digest.update(f"{name} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.contiguous().cpu().numpy().tobytes())
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.contiguous().view(torch.uint8).cpu().numpy().tobytes())
     return digest.hexdigest()
 
 

@@ -90,8 +90,15 @@ class SparseCodes:
         return cls(offsets, columns, dense[rows, columns], dense.shape[1])
 
     def feature_sums(self) -> Float[Tensor, " F"]:
-        """sum_t f_ti for every feature."""
-        return self.values.new_zeros(self.n_features).index_add(0, self.columns, self.values)
+        """sum_t f_ti for every feature, added in the order of rows."""
+        if self.values.device.type == "cpu":
+            return self.values.new_zeros(self.n_features).index_add(0, self.columns, self.values)
+        return self._segment_sums()
+
+    def _segment_sums(self) -> Float[Tensor, " F"]:
+        """The same without atomic additions, which a GPU makes in any order."""
+        order = self.by_column
+        return torch.segment_reduce(self.values[order.entries], "sum", offsets=order.offsets)
 
     def fired(self) -> Bool[Tensor, " F"]:
         """Which features are not zero somewhere."""

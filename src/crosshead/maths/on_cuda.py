@@ -4,8 +4,7 @@
 
 Shape legend: see ``maths.sparse``, which says what every function computes. All backends offer the same functions.
 
-No sum depends on the order in which programs run, nor on how a kernel was tuned (steps along X are fixed). Torch's own
-atomic sums on a GPU (``SparseCodes.feature_sums``) do, in their last bits.
+No sum depends on the order in which programs run, nor on how a kernel was tuned (steps along X are fixed).
 
 Active entries are marked in a bit mask [N, F / 32] by the kernel that computes the product, then counted, listed, and
 their pre-activations computed again at the active entries only: that reads less than the product would write. An entry

@@ -42,9 +42,8 @@ def test_prices_are_read_off_the_times_of_products(monkeypatch):
     def timed(product, dense_codes, repeats):
         nonzero, call = int((dense_codes != 0).sum()), len(n_nonzero)
         n_nonzero.append(nonzero)
-        dense = [
-            n_movers * n_rows * n_features * (columns * true.dense + true.entry) for columns in (width, width // 4)
-        ]
+        entries = n_movers * n_rows * n_features
+        dense = [entries * (columns * true.dense + true.entry) for columns in (width, width // 4)]
         return 1e-9 * [*dense, nonzero * width * true.plain, n_movers * nonzero * width * true.moved][call]
 
     monkeypatch.setattr(calibration, "_median", timed)

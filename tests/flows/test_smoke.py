@@ -88,7 +88,7 @@ def test_nothing_is_left_in_work(finished: Path):
 
 
 def test_an_ablation_is_computed_once_for_all_runs_with_the_same_targets(finished: Path, runs: dict):
-    """Zero and mean ablation of one context: MTCs and attention-output SAEs share theirs, value SAEs share by layers."""
+    """Zero and mean, one context: MTCs and attention-output SAEs share theirs, value SAEs share by layers."""
     (memory,) = (finished / "work").glob("ablated-*.json")
     targets = {("attn_out" if run["kind"] != "value_sae" else "v", *run["layers"]) for run in runs.values()}
     assert len(json.loads(memory.read_text())) == 2 * len(targets)

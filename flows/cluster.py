@@ -18,6 +18,7 @@ def cluster(stage: Stage) -> None:
     config = stage.section("clusters", ClusterConfig)
     cache = open_cache(stage)
     merged: dict[str, Any] = {"clusters": [], "sizes": [], "agreement": [], "n_features": {}}
+    merged["bootstraps"] = config.bootstraps
     for run in config.runs:
         if run not in stage.sections["runs"]:
             raise ValueError(f"{stage.source}: clusters.runs names {run!r}, which is not under runs; correct it")

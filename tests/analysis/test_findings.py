@@ -2,7 +2,8 @@ import copy
 
 import pytest
 
-from crosshead.analysis.findings import ReportConfig, collect, judge
+from crosshead.analysis.findings import ReportConfig, collect
+from crosshead.analysis.verdicts import judge
 from tests.analysis.records import documents
 
 CONFIG = ReportConfig()

@@ -38,7 +38,7 @@ __all__ = [
 ]
 
 _FORMAT = 1
-SiteName = Literal["q", "k", "v", "pattern", "resid_in", "attn_out", "mlp_in", "mlp_out", "resid_out"]
+SiteName = Literal["q", "k", "v", "v_shared_input", "pattern", "resid_in", "attn_out", "mlp_in", "mlp_out", "resid_out"]
 
 
 class Site(NamedTuple):
@@ -47,6 +47,8 @@ class Site(NamedTuple):
     q [B,H,T,E] and k [B,K,T,E] after rotary embedding and norms, v [B,K,T,E], pattern [B,H,T,T] (recomputed from
     q and k), resid_in and resid_out (residual stream before and after the layer), attn_out (what the attention block
     adds to the residual stream, before any post-norm scale is folded elsewhere), mlp_in and mlp_out: all [B,T,d_model].
+    v_shared_input [B,K,T,E] is no place in the model: the v that this layer's own norm and value map make of the
+    residual input of another, the lowest layer of the harvest (a control of two-layer value SAEs).
     """
 
     layer: int

@@ -2,10 +2,11 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from crosshead.activations.controls import Control
 from crosshead.dictionaries.base import DictionaryConfig
 from crosshead.dictionaries.registry import KINDS, config_class
 from crosshead.io.settings import nearest, parse_section
@@ -31,8 +32,10 @@ class _Entry(BaseModel):
     """The family of findings it belongs to."""
     seed: Annotated[int, Field(ge=0)] = 0
     """Fixes start, data order and every other random choice."""
-    control: Literal["none", "other_contexts"] = "none"
-    """``other_contexts``: the later layers' rows come from other contexts at random positions."""
+    control: Control = "none"
+    """What takes the place of the later layers' rows, in training and evaluation: ``other_contexts``, rows of other
+    contexts at random positions; ``matched_tokens``, such rows at the same current and previous token;
+    ``shared_input``, the values they would have if they read the lowest layer's residual stream."""
     training: dict[str, Any] = Field(default_factory=dict)
     """Overrides of the ``training`` section."""
 

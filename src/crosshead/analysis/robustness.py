@@ -119,8 +119,8 @@ def _by_run(records: Sequence[Record]) -> dict[tuple[int, float], Record]:
     for record in records:
         run = int(record["seed"]), float(record["sparsity_value"])
         if run in found:
-            raise ValueError(f"runs {found[run]['run']} and {record['run']} share start, learning rate, steps, sparsity "
-                             "and seed; compare runs of one architecture and one number of features")  # fmt: skip
+            raise ValueError(f"runs {found[run]['run']} and {record['run']} share start, learning rate, steps, "
+                             "sparsity and seed; give runs of one architecture and as many features")  # fmt: skip
         found[run] = record
     return found
 

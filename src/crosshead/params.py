@@ -15,6 +15,7 @@ import torch
 from pydantic import BaseModel, ConfigDict
 
 from crosshead.activations.base_model import ModelConfig
+from crosshead.activations.controls import sites_read
 from crosshead.activations.corpus import CorpusConfig
 from crosshead.activations.harvest import HarvestConfig
 from crosshead.activations.machine import Machine
@@ -169,8 +170,10 @@ def _not_harvested(run: Run, harvest: HarvestConfig, survey: SurveyConfig, path:
     layers = survey.layers.model_dump() if isinstance(survey.layers, LayerChoice) else UNCHOSEN_LAYERS
     with torch.device("meta"):  # shapes without memory
         module = build(run.dictionary_config(layers), _ANY_MODEL)
-    needed = stored_sites((*module.sites, *module.start_sites))
-    absent = sorted(set(needed) - set(harvest.resolve(layers)))
+    harvested = harvest.resolve(layers)
+    lowest = min(site.layer for site in harvested)
+    needed = stored_sites(sites_read((*module.sites, *module.start_sites), run.control, lowest))
+    absent = sorted(set(needed) - set(harvested))
     as_written = {layers[layer]: layer for layer in run.dictionary["layers"] if isinstance(layer, str)}
     by_layer: dict[str | int, list[str]] = {}
     for site in absent:

@@ -115,24 +115,31 @@ def test_shared_input_reads_the_other_values_under_the_name_of_values(cache: Act
 
 
 def test_the_sites_a_run_reads_depend_on_its_control():
-    assert sites_read(VALUES, "none") == sites_read(VALUES, "matched_tokens") == VALUES
-    assert set(sites_read(VALUES, "shared_input")) == {*VALUES, SHARED}
-    assert sites_read(VALUES[:1], "shared_input") == VALUES[:1]
+    assert sites_read(VALUES, "none", 1) == sites_read(VALUES, "matched_tokens", 1) == VALUES
+    assert set(sites_read(VALUES, "shared_input", 1)) == {*VALUES, SHARED}
+    assert sites_read(VALUES[:1], "shared_input", 1) == VALUES[:1]
 
 
-@pytest.mark.parametrize("control", ["matched_tokens", "shared_input"])
-def test_controls_refuse_one_layer(control: str, cache: ActivationCache):
-    with pytest.raises(ValueError, match=f"control {control} needs sites of at least two layers"):
-        Batches(cache, "train", VALUES[:1], 4, seed=0, control=control)
+def test_the_upper_layer_alone_can_read_the_shared_input(cache: ActivationCache):
+    both = Batches(cache, "train", VALUES, 4, seed=0, control="shared_input").at(1)
+    alone = Batches(cache, "train", VALUES[1:], 4, seed=0, control="shared_input").at(1)
+    assert torch.equal(alone[VALUES[1]], both[VALUES[1]])
 
 
-def test_shared_input_refuses_other_sites_and_other_lowest_layers(cache: ActivationCache, tiny_model, tmp_path: Path):
+def test_controls_refuse_the_lowest_layer_alone(cache: ActivationCache):
+    with pytest.raises(ValueError, match="control matched_tokens needs sites of at least two layers"):
+        Batches(cache, "train", VALUES[:1], 4, seed=0, control="matched_tokens")
+    with pytest.raises(ValueError, match="the run reads no values above it"):
+        Batches(cache, "train", VALUES[:1], 4, seed=0, control="shared_input")
+
+
+def test_shared_input_refuses_other_sites_and_values_that_were_not_made(
+    cache: ActivationCache, tiny_model, tmp_path: Path
+):
     with pytest.raises(ValueError, match=r"knows values only, the run reads 2\.resid_in"):
         Batches(cache, "train", [VALUES[0], Site(2, "resid_in")], 4, seed=0, control="shared_input")
     sites = [{"layer": 0, "names": ["v"]}, *SITES]
     lower = ActivationCache.open(run_harvest(tiny_model("llama"), tmp_path, make_config(sites=sites)))
-    with pytest.raises(ValueError, match=r"lowest layer is 1, v_shared_input was made of .* layer 0, the lowest"):
-        Batches(lower, "train", VALUES, 4, seed=0, control="shared_input")
     with pytest.raises(ValueError, match=r"no site 1\.v_shared_input"):
         Batches(lower, "train", [Site(0, "v"), Site(1, "v")], 4, seed=0, control="shared_input")
 

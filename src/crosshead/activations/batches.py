@@ -33,7 +33,7 @@ class Batches:
         control: Control = "none",
         device: torch.device | str = "cpu",
     ):
-        cache.check_sites(sites_read(sites, control))
+        cache.check_sites(sites_read(sites, control, cache.lowest_layer))
         if contexts_per_batch < 1:
             raise ValueError(f"contexts_per_batch={contexts_per_batch}; give at least 1")
         self.cache = cache

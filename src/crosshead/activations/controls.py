@@ -1,4 +1,4 @@
-"""What a control puts in the place of the rows of all layers above a run's lowest.
+"""What a control puts in the place of the rows of upper layers: all above a run's lowest.
 
 After methods 4, the controls of the two-layer value SAE (design choice). A two-layer advantage says that the layers
 share features only if it is larger than what each of these leaves of it:
@@ -6,8 +6,9 @@ share features only if it is larger than what each of these leaves of it:
 - ``other_contexts``: rows of other contexts at random positions. The layers share their statistics and nothing else;
 - ``matched_tokens``: rows of other contexts at the same current and previous token (``matching``). What remains is
   shared by way of the tokens alone;
-- ``shared_input``: v_shared_input in place of v: the layer's values, had it read the lowest layer's residual stream
-  (``derived``). What remains is shared because layers of one stream read nearly the same input.
+- ``shared_input``: v_shared_input in place of v: the layer's values, had it read the residual stream of the harvest's
+  lowest layer (``derived``). What remains is shared because layers of one stream read nearly the same input. A run of
+  the upper layer alone reads it too: its sweep is the other summand of that comparison.
 """
 
 from abc import ABC, abstractmethod
@@ -29,14 +30,15 @@ Control = Literal["none", "other_contexts", "matched_tokens", "shared_input"]
 _PER_POSITION = ("v", "v_shared_input", "resid_in", "attn_out", "mlp_in", "mlp_out", "resid_out")
 
 
-def sites_read(sites: Sequence[Site], control: Control) -> tuple[Site, ...]:
+def sites_read(sites: Sequence[Site], control: Control, lowest: int) -> tuple[Site, ...]:
     """The sites that a run of a dictionary that asks for ``sites`` reads from a cache, under a control.
 
     Its own in any case, because splicing reads contexts as they are, and those that the control reads in their place.
+    ``lowest`` is the lowest layer of the harvest.
     """
     if control != "shared_input":
         return tuple(sites)
-    return tuple(dict.fromkeys((*sites, *_stand_ins(sites).values())))
+    return tuple(dict.fromkeys((*sites, *_stand_ins(sites, lowest).values())))
 
 
 def _upper(sites: Sequence[Site]) -> tuple[Site, ...]:
@@ -45,9 +47,9 @@ def _upper(sites: Sequence[Site]) -> tuple[Site, ...]:
     return tuple(site for site in sites if site.layer > lowest)
 
 
-def _stand_ins(sites: Sequence[Site]) -> dict[Site, Site]:
-    """What shared_input reads for a site of an upper layer."""
-    return {site: Site(site.layer, "v_shared_input") for site in _upper(sites) if site.name == "v"}
+def _stand_ins(sites: Sequence[Site], lowest: int) -> dict[Site, Site]:
+    """What shared_input reads for the values of layers above the harvest's lowest."""
+    return {site: Site(site.layer, "v_shared_input") for site in sites if site.name == "v" and site.layer > lowest}
 
 
 class BatchControl(ABC):
@@ -83,17 +85,16 @@ class _SharedInput(BatchControl):
 
     def __init__(self, cache: ActivationSource, sites: Sequence[Site]):
         super().__init__(sites)
-        _check_layers("shared_input", sites)
-        unfit = [site for site in _upper(sites) if site.name != "v"]
+        lowest = cache.lowest_layer
+        unfit = [site for site in sites if site.layer > lowest and site.name != "v"]
         if unfit:
             raise ValueError(f"control shared_input knows values only, the run reads {unfit[0]}; "
-                             "give it to dictionaries that read v alone above their lowest layer")  # fmt: skip
-        lowest = min(site.layer for site in sites)
-        if lowest != cache.lowest_layer:
-            raise ValueError(f"control shared_input: the run's lowest layer is {lowest}, v_shared_input was made of "
-                             f"the residual input of layer {cache.lowest_layer}, the lowest in harvest.sites; give the "
-                             "run that layer or harvest without it")  # fmt: skip
-        self._stand_ins = _stand_ins(sites)
+                             "give it to dictionaries that read v alone above the harvest's lowest layer")  # fmt: skip
+        self._stand_ins = _stand_ins(sites, lowest)
+        if not self._stand_ins:
+            raise ValueError(f"control shared_input: v_shared_input is made of the residual input of layer {lowest}, "
+                             "the lowest in harvest.sites, and the run reads no values above it; give the run a higher "
+                             "layer or control: none")  # fmt: skip
 
     @property
     def reads(self) -> tuple[Site, ...]:

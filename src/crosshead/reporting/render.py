@@ -8,7 +8,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from crosshead.reporting.tables import Column, Record, markdown_table
 
-__all__ = ["render_markdown"]
+__all__ = ["anchor", "render_markdown"]
 
 
 _RUNS = (

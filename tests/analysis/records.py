@@ -111,7 +111,7 @@ def evidence() -> dict[str, Any]:
                            for s in ("mtc", "top1") for k in (60, 110)]},
         "planted": {"rows": planted, "seeds": [0], "commit_seed": None},
         "meaning": {
-            "runs": {run: read for run in ("mtc-60", "top1-60", "attn-out-sae-60")},
+            "runs": dict.fromkeys(("mtc-60", "top1-60", "attn-out-sae-60"), read),
             "enrichment": [cluster | {"label": "induction", "n": 6, "expected": 0.7, "p_value": 1e-6, "q_value": 1e-4}],
             "enrichment_summary": {"mtc-60": {"discoveries": 4, "expected_under_shuffle": 0.3}},
             "ov_dimensions": [cluster | {"size": size, "effective_rank": 0.6 * size, "random_low": 0.7 * size,

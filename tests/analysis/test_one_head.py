@@ -36,8 +36,9 @@ def dictionary(**changes):
 
 def trained(source, config, work, steps: TrainingConfig = STEPS):
     module = build(config, source.dims)
-    fit(module, Batches(source, "train", (*module.sites, *module.start_sites), 4, 0),
-        Batches(source, "heldout", module.sites, 4, 0), source.weights(), steps, seed=0, work=work, identity="t")  # fmt: skip
+    train = Batches(source, "train", (*module.sites, *module.start_sites), 4, 0)
+    heldout = Batches(source, "heldout", module.sites, 4, 0)
+    fit(module, train, heldout, source.weights(), steps, seed=0, work=work, identity="t")
     return module
 
 

@@ -62,7 +62,8 @@ class PlantedSource(ActivationSource):
         names = [site.name for site in teacher.target_sites]
         if heads != 1 or names != ["attn_out"]:
             raise ValueError(f"the teacher is a {teacher.config.kind} with heads_per_feature {heads} that predicts "
-                             f"{', '.join(names)}; name a Top-1 mtc run with target attn_out in nulls.teacher")  # fmt: skip
+                             f"{', '.join(names)}; name a Top-1 mtc run with target attn_out in "
+                             "nulls.teacher")  # fmt: skip
         self.source, self.teacher, self.seed = source, teacher.eval(), seed
         (self.planted,) = teacher.target_sites
         self._donors: dict[str, list[int]] = {}

@@ -4,8 +4,8 @@ Shape legend: n true features (atoms), F found ones, X input width, D output wid
 
 Every true feature is matched with one found feature, none twice, so that the sum of similarities is largest (Hungarian
 algorithm). The similarity is the *smallest* of three cosines, those of encoders, decoders and loadings: a feature is
-recovered when all of it is. Decoder and loadings may both be turned round, which changes nothing. After methods of
-dictionary evaluation on planted features; the three-way similarity is a design choice.
+recovered when all of it is. Decoder and loadings may both be turned round, which changes nothing. Design choices, for
+the toy model of attention superposition of the January 2024 update.
 """
 
 from collections.abc import Mapping
@@ -28,7 +28,7 @@ from crosshead.dictionaries.base import LayerWeights
 from crosshead.maths.statistics import participation_ratio
 
 __all__ = [
-    "FeatureSet", "Recovery", "found_moved", "found_values", "planted_moved", "planted_values", "recovery",
+    "FeatureSet", "Planted", "Recovery", "found_moved", "found_values", "planted_moved", "planted_values", "recovery",
 ]  # fmt: skip
 
 _RECOVERED = 0.95
@@ -42,6 +42,21 @@ class FeatureSet(NamedTuple):
     encoder: Float[Tensor, "F X"]
     decoder: Float[Tensor, "F D"]
     loadings: Float[Tensor, "F M"]
+
+
+class Planted(NamedTuple):
+    """The true features that a dictionary can find."""
+
+    features: FeatureSet
+    feature: Int[Tensor, " n"]
+    """The feature of several OV dimensions that a row is one of."""
+    family: Int[Tensor, " n"]
+    """The planted family of its loadings."""
+
+    @classmethod
+    def of(cls, truth: Truth, features: FeatureSet, kept: Bool[Tensor, " A"]) -> "Planted":
+        """The atoms ``kept``."""
+        return cls(FeatureSet(*(table[kept] for table in features)), truth.feature[kept], truth.family[kept])
 
 
 class Recovery(BaseModel):
@@ -65,9 +80,10 @@ class Recovery(BaseModel):
     """Agreement of k-means clusters of the partners' loadings with the planted families, 1 at best, 0 by chance."""
 
 
-def planted_moved(truth: Truth, layer: int = 0) -> tuple[FeatureSet, Bool[Tensor, " A"]]:
-    """The truth as a dictionary that moves features sees one layer of it, and which atoms that layer moves."""
-    return FeatureSet(truth.encoder, truth.decoder[layer], truth.loadings[layer].T), truth.active[layer]
+def planted_moved(truth: Truth, layer: int = 0) -> Planted:
+    """The truth as a dictionary that moves features sees one layer of it."""
+    features = FeatureSet(truth.encoder, truth.decoder[layer], truth.loadings[layer].T)
+    return Planted.of(truth, features, truth.active[layer])
 
 
 def found_moved(module: Any) -> FeatureSet:
@@ -75,22 +91,19 @@ def found_moved(module: Any) -> FeatureSet:
     return FeatureSet(module.encoder.weight.detach(), module.decoder.detach(), module.effective_loadings().detach().T)
 
 
-def planted_values(
-    truth: Truth, weights: Mapping[int, LayerWeights], module: Any
-) -> tuple[FeatureSet, Bool[Tensor, " A"]]:
-    """The truth as a value SAE of the module's layers sees it, and which atoms are in any of their values.
+def planted_values(truth: Truth, weights: Mapping[int, LayerWeights], module: Any) -> Planted:
+    """The truth as a value SAE of the module's layers sees it, without what only the identity moves.
 
     An atom's row holds L_hi d_i U_h for every head of every layer, in the module's units; encoder and decoder are one.
     """
-    layers = list(module.config.layers)
     rows, sizes = [], []
-    for layer, scale in zip(layers, module.scales, strict=True):
+    for layer, scale in zip(module.config.layers, module.scales, strict=True):
         moved = truth.loadings[layer][1:, :, None] * truth.decoder[layer]
         values = torch.einsum("had,hed->ahe", moved, weights[layer].W_O) * scale
         rows.append(values.flatten(1))
         sizes.append(values.norm(dim=2))
     table = torch.cat(rows, 1)
-    return FeatureSet(table, table, torch.cat(sizes, 1)), truth.active[layers].any(0) & (table.norm(dim=1) > 0)
+    return Planted.of(truth, FeatureSet(table, table, torch.cat(sizes, 1)), table.norm(dim=1) > 0)
 
 
 def found_values(module: Any) -> FeatureSet:
@@ -98,26 +111,19 @@ def found_values(module: Any) -> FeatureSet:
     return FeatureSet(module.encoder.weight.detach(), module.decoder.detach(), module.head_loadings())
 
 
-def recovery(
-    true: FeatureSet,
-    found: FeatureSet,
-    live: Bool[Tensor, " F"],
-    *,
-    feature: Int[Tensor, " n"],
-    family: Int[Tensor, " n"],
-) -> Recovery:
-    """Match ``found`` with ``true`` and score it. ``feature`` groups atoms; ``family`` holds the planted families.
+def recovery(planted: Planted, found: FeatureSet, live: Bool[Tensor, " F"]) -> Recovery:
+    """Match the ``live`` ones among ``found`` with what was planted, and score them.
 
     ValueError where the widths of the two do not fit, or nothing was planted.
     """
-    for name, a, b in zip(FeatureSet._fields, true, found, strict=True):
+    for name, a, b in zip(FeatureSet._fields, planted.features, found, strict=True):
         if a.shape[1] != b.shape[1]:
             raise ValueError(f"the true {name} is {a.shape[1]} wide, the found one {b.shape[1]}; give the dictionary "
                              "the planted cache's dims and layers")  # fmt: skip
-    if not len(true.encoder):
+    if not len(planted.family):
         raise ValueError("the truth has no features in these layers; plant some")
     live = live & (found.loadings.norm(dim=1) > 0) & (found.decoder.norm(dim=1) > 0)
-    true = FeatureSet(*(table.double() for table in true))
+    true = FeatureSet(*(table.double() for table in planted.features))
     found = FeatureSet(*(table.double()[live] for table in found))
     cosines = [normalize(a, dim=1) @ normalize(b, dim=1).T for a, b in zip(true, found, strict=True)]
     encoder, decoder, loadings = cosines
@@ -136,8 +142,8 @@ def recovery(
         cosine_decoder=float(matched(decoder * sign).median()),
         cosine_loadings=float(matched(loadings * sign).median()),
         heads_error=_heads_error(true.loadings, found.loadings, rows, columns),
-        ov_dimension_error=_ov_dimension_error(true.decoder, found.decoder, encoder, feature),
-        adjusted_rand=_adjusted_rand(found.loadings[columns], family[rows]),
+        ov_dimension_error=_ov_dimension_error(true.decoder, found.decoder, encoder, planted.feature),
+        adjusted_rand=_adjusted_rand(found.loadings[columns], planted.family[rows]),
     )
 
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from crosshead.dictionaries.base import Batch, Dictionary, LayerWeights, Loss, ModelDims, ParameterGroup
 from crosshead.dictionaries.encoder import SparseEncoder
 from crosshead.dictionaries.sparsity import TopK, folded_sparsity
-from crosshead.dictionaries.starts import Moments
+from crosshead.dictionaries.starts import Moments, near_rows
 from crosshead.maths.codes import SparseCodes
 from crosshead.maths.sparse import decode
 
@@ -112,10 +112,7 @@ class Autoencoder(Dictionary):
         self.means.copy_(torch.cat([m.mean for m in moments]))
         self.scales.copy_(torch.tensor([m.scale for m in moments]))
         x = torch.cat([self._inputs(b)[b.mask.flatten()] for b in batches])
-        # Directions of random training rows cover the data; random Gaussian directions leave many features dead.
-        chosen = torch.randint(len(x), (self.config.features,), generator=generator).to(x.device)
-        noise = torch.randn(self.decoder.shape, generator=generator).to(x.device)
-        self.decoder.copy_(nn.functional.normalize(nn.functional.normalize(x[chosen], dim=1) + 0.02 * noise, dim=1))
+        self.decoder.copy_(near_rows(x, self.config.features, generator)[0])
         self.encoder.weight.copy_(self.decoder)
         self.encoder.start_bias_(x)
         self._fit_scale(batches[0])

@@ -1,17 +1,18 @@
 """Data-driven starting points: the pieces that more than one architecture uses.
 
-Shape legend: n sample rows, X input width, Y output width.
+Shape legend: n sample rows, X input width, Y output width, F features, K key/value heads, E head width.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
+from torch.nn import functional
 
-from crosshead.dictionaries.base import Batch
+from crosshead.dictionaries.base import Batch, Site
 
-__all__ = ["Moments", "counted", "ridge"]
+__all__ = ["Moments", "counted", "near_rows", "ridge", "value_map"]
 
 
 def counted(x: Float[Tensor, "B T *rest"], batch: Batch) -> Tensor:
@@ -26,6 +27,29 @@ def ridge(x: Float[Tensor, "n X"], y: Float[Tensor, "n Y"], strength: float = 1e
     penalty = strength * gram.diagonal().mean()
     gram.diagonal().add_(penalty + 1e-12)
     return torch.linalg.solve(gram, x64.T @ y64).to(x.dtype)
+
+
+def value_map(x: Float[Tensor, "n X"], batches: Sequence[Batch], site: Site) -> Float[Tensor, "X K E"]:
+    """Ridge map from what an encoder reads at the counted positions of ``batches`` to a layer's centred values.
+
+    The base model's own W_V, seen through its norm, up to the pull of the ridge: caches hold values, not W_V. Query
+    heads that share a key/value head share its values.
+    """
+    value = torch.cat([b[site].float().transpose(1, 2).flatten(2)[b.mask] for b in batches])
+    n_kv_heads = batches[0][site].shape[1]
+    return ridge(x, value - value.mean(0)).view(x.shape[1], n_kv_heads, -1)
+
+
+def near_rows(
+    x: Float[Tensor, "n X"], features: int, generator: torch.Generator
+) -> tuple[Float[Tensor, "F X"], Int[Tensor, " F"]]:
+    """Unit vectors near random rows, and which rows: directions that cover the data.
+
+    Random Gaussian directions leave many features dead.
+    """
+    chosen = torch.randint(len(x), (features,), generator=generator).to(x.device)
+    noise = torch.randn(features, x.shape[1], generator=generator).to(x.device)
+    return functional.normalize(functional.normalize(x[chosen], dim=1) + 0.02 * noise, dim=1), chosen
 
 
 class Moments:

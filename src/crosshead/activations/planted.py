@@ -152,8 +152,8 @@ def plant(config: PlantedConfig, directory: Path | str) -> Truth:
     """Write ``cache`` (for ``ActivationCache.open``), the truth and planted.json to ``directory``, whole or not at all.
 
     planted.json holds ``pattern_gram`` and its ``condition_number`` (movers scaled to a unit diagonal, key of the
-    beginning-of-text token left out), per head kind the ``semantic`` pattern's least-squares ``weights``
-    over the movers and the ``residual`` share of its squares, ``l0``, and the mean number of movers of an atom, ``movers_per_atom``.
+    beginning-of-text token left out), per head kind the ``semantic`` pattern's least-squares ``weights`` over the
+    movers and the ``residual`` share of its squares, ``l0``, and ``movers_per_atom``, a mean participation ratio.
     """
     pairs = draw_pairs(config.vocabulary, _generator(config, "pairs"))
     tokens = draw_tokens(config.train_contexts + config.heldout_contexts, config.context_length, config.vocabulary,

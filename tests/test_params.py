@@ -9,6 +9,7 @@ import pytest
 import yaml
 
 from crosshead.activations.survey import LayerChoice
+from crosshead.dictionaries.registry import KINDS
 from crosshead.params import load_params
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -42,10 +43,10 @@ def test_there_are_four_profiles_with_outputs_of_their_own():
     assert len({params.paths.data for params in every}) == len({params.paths.reports for params in every}) == 4
 
 
-def test_smoke_has_at_most_eight_runs_and_every_architecture():
+def test_smoke_has_at_most_twelve_runs_and_every_architecture():
     runs = load_params(ROOT / "flows/profiles/smoke/params.yaml").runs
-    assert len(runs) <= 8
-    assert {run.kind for run in runs.values()} == {"mtc", "value_sae", "attn_out_sae"}
+    assert len(runs) <= 12
+    assert {run.kind for run in runs.values()} == set(KINDS)
 
 
 def test_gpu_trains_100_000_features_on_tens_of_millions_of_tokens():
@@ -58,6 +59,15 @@ def test_gpu_trains_100_000_features_on_tens_of_millions_of_tokens():
 
 
 WRONG = {
+    "null of a run that is none": (
+        "nulls.teacher", "top1-k6", "nulls.teacher names 'top1-k6', which is not under runs; did you mean 'top1-k60'?"
+    ),
+    "meaning of a run that is none": ("meaning.runs", ["mct-k60"], "meaning.runs names 'mct-k60'"),
+    "control without its site": (
+        "harvest.sites", [{"layer": "first", "names": ["resid_in", "q", "k", "v", "attn_out"]},
+                          {"layer": "second", "names": ["v"]}],
+        "runs.value-both-shared-k16.layers: harvest.sites lacks v_shared_input of layer second",
+    ),
     "misspelt parameter": (
         "training.stepz", 40, "params.yaml: training.stepz is not a parameter (got 40); did you mean 'steps'?"
     ),

@@ -24,6 +24,9 @@ from crosshead.activations.survey import LayerChoice, SurveyConfig
 from crosshead.analysis.clustering import ClusterConfig
 from crosshead.analysis.evaluation import EvaluationConfig
 from crosshead.analysis.findings import ReportConfig
+from crosshead.analysis.meaning import MeaningConfig
+from crosshead.analysis.one_head import NullConfig
+from crosshead.analysis.planted_suite import PlantedSuiteConfig
 from crosshead.analysis.references import ReferenceConfig
 from crosshead.dictionaries.base import ModelDims
 from crosshead.dictionaries.registry import KINDS, build
@@ -68,6 +71,9 @@ class Params:
     evaluation: EvaluationConfig
     references: ReferenceConfig
     clusters: ClusterConfig
+    nulls: NullConfig
+    planted: PlantedSuiteConfig
+    meaning: MeaningConfig
     report: ReportConfig
     runs: dict[str, Run]
 
@@ -83,6 +89,9 @@ _CONFIGS: dict[str, type[BaseModel]] = {
     "evaluation": EvaluationConfig,
     "references": ReferenceConfig,
     "clusters": ClusterConfig,
+    "nulls": NullConfig,
+    "planted": PlantedSuiteConfig,
+    "meaning": MeaningConfig,
     "report": ReportConfig,
 }
 _SHOWN = 10
@@ -154,10 +163,12 @@ def _read_runs(sections: Mapping[str, Any], path: Path | str, faults: list[str])
 def _at_odds(sections: Mapping[str, Any], found: Mapping[str, Any], path: Path | str) -> list[str]:
     """Sections that are right in themselves and do not fit one another."""
     faults: list[str] = []
-    if "clusters" in found and isinstance(sections.get("runs"), dict):
+    if isinstance(sections.get("runs"), dict):
         known = [str(name) for name in sections["runs"]]
-        faults += [f"{path}: clusters.runs names {name!r}, which is not under runs; {nearest(name, known)}"
-                   for name in found["clusters"].runs if name not in known]  # fmt: skip
+        named = {f"{key}.runs": found[key].runs for key in ("clusters", "nulls", "meaning") if key in found}
+        named |= {"nulls.teacher": (found["nulls"].teacher,)} if "nulls" in found else {}
+        faults += [f"{path}: {key} names {name!r}, which is not under runs; {nearest(name, known)}"
+                   for key, names in named.items() for name in names if name not in known]  # fmt: skip
     if {"survey", "harvest", "runs"} <= found.keys():
         for run in found["runs"].values():
             with _collecting(faults):

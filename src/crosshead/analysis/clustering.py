@@ -26,7 +26,7 @@ from threadpoolctl import threadpool_limits
 
 from crosshead.maths.powerlaw import fit_power_law, goodness_of_fit, likelihood_ratios
 
-__all__ = ["ClusterConfig", "analyse_loadings", "clustered", "cluster_labels", "loading_vectors"]
+__all__ = ["ClusterConfig", "analyse_loadings", "cluster_labels", "clustered", "loading_vectors"]
 
 Vectors = NDArray[np.float64]
 _LARGE = 20_000
@@ -101,6 +101,8 @@ def _with_nulls(source: str, vectors: Vectors) -> Iterable[tuple[str, Vectors]]:
     gaussian = generator.multivariate_normal(vectors.mean(0), np.cov(vectors.T), size=len(vectors), method="eigh")
     yield f"{source}/gaussian", loading_vectors(gaussian, np.ones(len(gaussian), dtype=bool))
     sphere = generator.normal(size=vectors.shape)
+    if (vectors >= 0).all():  # norms: the part of the sphere they can lie on
+        sphere = np.abs(sphere)
     yield f"{source}/sphere", loading_vectors(sphere, np.ones(len(sphere), dtype=bool))
 
 

@@ -3,7 +3,7 @@
 Shape legend: n clustered features, L labels, k clusters, D width of a decoder row.
 
 - Enrichment: hypergeometric probability of at least as many features with the label in a cluster of its size; false
-  discovery rate by Benjamini and Hochberg over all clusters and labels of a run. Control: labels dealt anew to features.
+  discovery rate by Benjamini and Hochberg over all clusters and labels of a run. Control: labels dealt anew.
 - OV dimension of a cluster: effective rank of its decoder rows, unit vectors weighted by the power that each feature
   writes: exp of the entropy, and participation ratio, of the squared singular values. Control: random sets of live
   features of the same size.
@@ -85,7 +85,7 @@ def _q_values(p_values: Floats) -> Floats:
 
 
 def effective_ranks(rows: Floats, power: Floats) -> tuple[float, float]:
-    """exp of the entropy, and the participation ratio, of the squared singular values of power-weighted unit rows.
+    """Exp of the entropy, and the participation ratio, of the squared singular values of power-weighted unit rows.
 
     (0, 0) where nothing is written.
     """

@@ -7,7 +7,7 @@ active at one position, w other positions.
 - A value SAE's feature is moved by every head that reads it, P_i(t, s) = sum_h ||W_O^h d_i|| A_h(t, s); only layers
   whose pattern is known move anything, and with none of them a feature stays where it is.
 - An attention-output SAE reads f_i(t) off the heads' sum, which splits exactly over heads and keys (direct feature
-  attribution, after Kissane et al. 2024): a_hi(t, s) = A_h(t, s) v_h(s) . u_hi with u_hi the encoder seen through W_O^h.
+  attribution, after Kissane et al. 2024): a_hi(t, s) = A_h(t, s) v_h(s) . u_hi, u_hi the encoder seen through W_O^h.
   f_i(t) ||d_i|| is shared out over keys in proportion to the positive part of sum_h a_hi(t, s): anchored at t.
 
 No [T, T, F] tensor: one anchor at a time, the features active there only.

@@ -22,8 +22,8 @@ from scipy import sparse
 
 from crosshead.dictionaries.base import Batch
 
-__all__ = ["Firings", "PredictabilityConfig", "average_precision", "fires_from", "ngram_probabilities", "predictability",
-           "writes_to"]  # fmt: skip
+__all__ = ["Firings", "PredictabilityConfig", "average_precision", "fires_from", "median_interval",
+           "ngram_probabilities", "predictability", "writes_to"]  # fmt: skip
 
 Floats = NDArray[np.float64]
 _WRITES = 0.01

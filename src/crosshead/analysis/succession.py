@@ -8,6 +8,7 @@ because the first has nothing to succeed. After Gould et al., Successor Heads (2
 """
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -69,7 +70,7 @@ def succession_texts(windows: int, items: int, seed: int) -> SuccessionTexts:
 def _disorder(items: int, generator: np.random.Generator) -> list[int]:
     while True:
         order = generator.permutation(items).tolist()
-        if all(b != a + 1 for a, b in zip(order, order[1:], strict=False)):
+        if all(b != a + 1 for a, b in pairwise(order)):
             return order
 
 

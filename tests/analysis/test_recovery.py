@@ -22,7 +22,8 @@ def base(tmp_path_factory: pytest.TempPathFactory):
     """A planted pair of layers: (directory, truth)."""
     directory = tmp_path_factory.mktemp("recovery")
     config = PlantedConfig(train_contexts=16, heldout_contexts=4, context_length=16, vocabulary=10, features=FEATURES,
-                           mixing=1.0, jitter=0.1, layers=2, shared=1.0, ov_dimensions=(1, 2), sites=("v",))  # fmt: skip
+                           mixing=1.0, jitter=0.1, layers=2, shared=1.0, ov_dimensions=(1, 2),
+                           sites=("v",))  # fmt: skip
     return directory, plant(config, directory / "planted")
 
 

@@ -11,11 +11,12 @@ from typing import Any, NamedTuple
 import torch
 
 from crosshead.activations.batches import Batches, Control
-from crosshead.activations.cache import ActivationCache
+from crosshead.activations.cache import ActivationCache, ActivationSource
 from crosshead.activations.planted import PlantedConfig, Truth, plant
 from crosshead.activations.toys import ToyConfig, ToyKind, train_toy
 from crosshead.analysis.evaluation import Evaluation, EvaluationConfig, evaluate
 from crosshead.analysis.frontiers import compare_objectives
+from crosshead.analysis.one_head import PlantedSource
 from crosshead.analysis.recovery import Recovery, found_moved, found_values, planted_moved, planted_values, recovery
 from crosshead.dictionaries import mtc, value_sae
 from crosshead.dictionaries.base import Dictionary, DictionaryConfig
@@ -36,20 +37,22 @@ class _Trained(NamedTuple):
 
 
 def layer_trial(
-    layer: PlantedConfig, training: TrainingConfig, features: int, seed: int, work: Path
-) -> dict[str, Row]:
-    """An MTC and a Top-1 MTC on one planted layer at equal k: ``{mtc, top1}``, each a row with its recovery."""
+    layer: PlantedConfig, training: TrainingConfig, features: int, seed: int, work: Path, *, with_null: bool
+) -> Row:
+    """An MTC and a Top-1 MTC on one planted layer at equal k.
+
+    ``{rows: [mtc, top1], ratio, null_ratio}``: their recovery, the ratio of their errors, and that ratio on the
+    one-head null (None without).
+    """
     cache, truth = _planted(layer, work)
     condition = read_json(work / "base" / "planted.json")["condition_number"]
-    rows = {}
-    for name in ("mtc", "top1"):
-        trained = _train(_moving(name, features, round(layer.l0)), cache, training, seed, work / name)
-        found = _recovered(truth, trained)
-        rows[name] = {
-            "architecture": name, **_figures(trained), **found.model_dump(mode="json"),
-            "condition_number": condition, "noise": layer.noise,
-        }  # fmt: skip
-    return rows
+    pair = _pair(cache, training, features, round(layer.l0), seed, work)
+    rows = [{
+        "architecture": name, **_figures(trained), **_recovered(truth, trained).model_dump(mode="json"),
+        "condition_number": condition, "noise": layer.noise,
+    } for name, trained in pair.items()]  # fmt: skip
+    null = _null_ratio(pair, cache, training, features, round(layer.l0), seed, work) if with_null else None
+    return {"rows": rows, "ratio": _ratio(pair), "null_ratio": null}
 
 
 def phase_trial(layer: PlantedConfig, training: TrainingConfig, features: int, seed: int, work: Path) -> Row:
@@ -62,16 +65,17 @@ def phase_trial(layer: PlantedConfig, training: TrainingConfig, features: int, s
 def toy_trial(
     kind: ToyKind, toy: ToyConfig, training: TrainingConfig, features: int, k: int, seed: int, work: Path
 ) -> Row:
-    """Train a toy, then an MTC and a Top-1 MTC on it at equal k: accuracy, loss and the ratio of their errors."""
+    """A trained toy, and an MTC and a Top-1 MTC on it at equal k: their errors, on the one-head null as well."""
     base = work / "base"
     if not (base / "toy.json").exists():
         trained_toy = train_toy(kind, seed, toy)
         trained_toy.write(base / "cache")
         write_json(base / "toy.json", {"accuracy": trained_toy.accuracy, "loss": trained_toy.loss})
     cache = ActivationCache.open(base / "cache")
-    figures = {name: _figures(_train(_moving(name, features, k), cache, training, seed, work / name))
-               for name in ("mtc", "top1")}  # fmt: skip
-    return {**read_json(base / "toy.json"), "k": k, **_ratio(figures)}
+    pair = _pair(cache, training, features, k, seed, work)
+    figures = {f"{name}_{key}": value for name, trained in pair.items() for key, value in _figures(trained).items()}
+    null = _null_ratio(pair, cache, training, features, k, seed, work)
+    return {**read_json(base / "toy.json"), "k": k, **figures, "ratio": _ratio(pair), "null_ratio": null}
 
 
 def shared_trial(
@@ -108,6 +112,21 @@ def _planted(config: PlantedConfig, work: Path) -> tuple[ActivationCache, Truth]
     return ActivationCache.open(base / "cache"), truth
 
 
+def _pair(
+    source: ActivationSource, training: TrainingConfig, features: int, k: int, seed: int, work: Path
+) -> dict[str, _Trained]:
+    """An MTC and a Top-1 MTC, alike in all but the heads per feature."""
+    return {name: _train(_moving(name, features, k), source, training, seed, work / name) for name in ("mtc", "top1")}
+
+
+def _null_ratio(
+    pair: Mapping[str, _Trained], cache: ActivationSource, training: TrainingConfig, features: int, k: int, seed: int,
+    work: Path,
+) -> float:  # fmt: skip
+    """The ratio where the Top-1 model's prediction, with its residuals from elsewhere, is the target."""
+    return _ratio(_pair(PlantedSource(cache, pair["top1"].module, seed), training, features, k, seed, work / "null"))
+
+
 def _moving(name: str, features: int, k: int) -> mtc.Config:
     # Decoders are drawn where heads move much: a head that looks at few places moves noise from all others.
     return mtc.Config(layers=(0,), features=features, sparsity=BatchTopK(k=k), input="resid", start_tokens="energy",
@@ -115,7 +134,7 @@ def _moving(name: str, features: int, k: int) -> mtc.Config:
 
 
 def _train(
-    config: DictionaryConfig, cache: ActivationCache, training: TrainingConfig, seed: int, work: Path,
+    config: DictionaryConfig, cache: ActivationSource, training: TrainingConfig, seed: int, work: Path,
     control: Control = "none",
 ) -> _Trained:  # fmt: skip
     module = build(config, cache.dims)
@@ -126,7 +145,7 @@ def _train(
         module,
         Batches(cache, "train", (*module.sites, *module.start_sites), size, seed, control),
         Batches(cache, "heldout", module.sites, size, seed, control),
-        cache.weights(), training, seed=seed, work=work, identity=identity, description=f"{work.parent.name} {work.name}",
+        cache.weights(), training, seed=seed, work=work, identity=identity, description=work.name,
     )  # fmt: skip
     heldout = Batches(cache, "heldout", module.sites, _EVALUATION.contexts_per_batch, seed, control)
     return _Trained(module, evaluate(module, heldout.all(), _EVALUATION))
@@ -145,8 +164,6 @@ def _figures(trained: _Trained) -> Row:
     return {"l0": evaluation.l0, "normalised_mse": evaluation.normalised_mse}
 
 
-def _ratio(figures: Mapping[str, Row]) -> Row:
-    return {
-        "ratio": figures["mtc"]["normalised_mse"] / figures["top1"]["normalised_mse"],
-        **{f"{name}_{key}": value for name, row in figures.items() for key, value in row.items()},
-    }
+def _ratio(pair: Mapping[str, _Trained]) -> float:
+    """Normalised MSE of the MTC over that of the Top-1 MTC."""
+    return pair["mtc"].evaluation.normalised_mse / pair["top1"].evaluation.normalised_mse

@@ -23,7 +23,6 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from crosshead.activations.planted import Truth
-from crosshead.analysis.clustering import loading_vectors
 from crosshead.dictionaries.base import LayerWeights
 from crosshead.maths.statistics import participation_ratio
 
@@ -177,7 +176,9 @@ def _adjusted_rand(loadings: Float[Tensor, "n M"], family: Int[Tensor, " n"]) ->
     n_families = len(family.unique())
     if n_families < 2:
         return 0.0
-    vectors = loading_vectors(loadings.numpy(), np.ones(len(loadings), dtype=bool))
+    unit = normalize(loadings, dim=1)
+    # Products of two entries: a loading vector and its negative are one, also where no entry is clearly the largest.
+    vectors = (unit[:, :, None] * unit[:, None, :]).flatten(1).numpy()
     with threadpool_limits(1):
         labels = KMeans(n_clusters=n_families, n_init=10, random_state=0).fit_predict(vectors)
     return float(adjusted_rand_score(family.numpy(), labels))

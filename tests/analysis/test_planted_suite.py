@@ -1,0 +1,110 @@
+from pathlib import Path
+
+import pytest
+
+from crosshead.activations.planted import PlantedConfig
+from crosshead.analysis import planted_suite
+from crosshead.analysis.planted_suite import PlantedSuiteConfig, run_suite
+from crosshead.training.fit import TrainingConfig
+
+EASY = PlantedConfig(
+    train_contexts=512, heldout_contexts=64, context_length=24, vocabulary=16, d_model=32, features=24, l0=2.0,
+    heads=("previous_token", "duplicate_token", "delimiter"), families=4, noise=0.05,
+)  # fmt: skip
+QUICK = TrainingConfig(steps=700, contexts_per_batch=8, learning_rate=8e-3, evaluate_every=1_000,
+                       checkpoint_every=1_000, start_contexts=128)  # fmt: skip
+TINY = {"train_contexts": 48, "heldout_contexts": 16, "context_length": 12, "vocabulary": 8, "d_model": 12,
+        "features": 12, "l0": 1.0, "families": 3, "heads": ["previous_token", "local"]}  # fmt: skip
+SHORT = {"steps": 8, "contexts_per_batch": 4, "start_contexts": 16, "calibrate_contexts": 16}
+
+
+@pytest.fixture(scope="module")
+def easy(tmp_path_factory: pytest.TempPathFactory) -> dict:
+    config = PlantedSuiteConfig(layer=EASY, training=QUICK, questions=("recovery", "superposition"))
+    return run_suite(config, tmp_path_factory.mktemp("easy"))
+
+
+def test_easy_layers_are_recovered_and_top1_fails_exactly_where_features_have_several_heads(easy):
+    share = {(row["layer"], row["architecture"]): row["share_recovered"]
+             for row in easy["rows"] if row["question"] == "recovery"}  # fmt: skip
+    assert share["one-head", "mtc"] >= 0.8
+    assert share["superposed", "mtc"] >= 0.8
+    assert share["one-head", "top1"] >= 0.7
+    assert share["superposed", "top1"] <= 0.2
+
+
+def test_superposition_is_found_where_it_is_and_only_there(easy):
+    verdicts = {row["layer"]: row["superposed"] for row in easy["rows"] if row["question"] == "superposition"}
+    assert verdicts == {"one-head": False, "superposed": True}
+
+
+def tiny(**changes) -> PlantedSuiteConfig:
+    sections = {
+        "layer": TINY, "training": SHORT, "shared_layers": {"layers": TINY | {"layers": 2}, "features": 12,
+        "training": SHORT}, "toys": {"toy": {"steps": 3, "train_contexts": 32, "heldout_contexts": 8}, "features": 16,
+        "training": SHORT}, "phases": {"mixing": [0.0, 1.0], "noise": [0.0], "l0": [1.0], "training": SHORT},
+        "questions": ["recovery", "superposition", "shared_layers", "toys", "phases"],
+    }  # fmt: skip
+    return PlantedSuiteConfig.model_validate(sections | changes)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict]:
+    work = tmp_path_factory.mktemp("tiny")
+    return work, run_suite(tiny(commit_seed=True), work, "0123abcd")
+
+
+def test_every_question_has_its_rows(finished):
+    _, found = finished
+    counts: dict[tuple, int] = {}
+    for row in found["rows"]:
+        counts[row["question"], row["seed"]] = counts.get((row["question"], row["seed"]), 0) + 1
+    derived = found["commit_seed"]
+    assert found["seeds"] == [0, derived]
+    per_seed = {"recovery": 4, "superposition": 2, "shared_layers": 3, "toys": 2}
+    assert counts == {(question, seed): n for question, n in per_seed.items() for seed in (0, derived)} | {
+        ("phases", 0): 2}  # fmt: skip
+
+
+def test_finished_trials_are_not_run_again(finished, monkeypatch):
+    work, found = finished
+    for name in ("layer_trial", "shared_trial", "toy_trial", "phase_trial"):
+        monkeypatch.setattr(planted_suite, name, lambda *_, **__: pytest.fail("ran again"))
+    assert run_suite(tiny(commit_seed=True), work, "0123abcd") == found
+    assert [path for path in work.iterdir() if path.is_dir()] == []
+
+
+def test_a_suite_that_was_killed_ends_with_the_same_figures(finished, tmp_path, monkeypatch):
+    _, found = finished
+    calls, real = [], planted_suite.toy_trial
+
+    def dies(*arguments):
+        calls.append(arguments)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return real(*arguments)
+
+    monkeypatch.setattr(planted_suite, "toy_trial", dies)
+    with pytest.raises(KeyboardInterrupt):
+        run_suite(tiny(), tmp_path)
+    monkeypatch.setattr(planted_suite, "toy_trial", real)
+    again = run_suite(tiny(), tmp_path)
+    assert again["rows"] == [row for row in found["rows"] if row["seed"] == 0]
+
+
+def test_another_commit_gives_another_seed():
+    seeds = {planted_suite._commit_seed(commit) for commit in ("a", "b", "a")}
+    assert len(seeds) == 2
+    with pytest.raises(ValueError, match="needs a git commit"):
+        run_suite(tiny(commit_seed=True), Path("nowhere"), None)
+
+
+@pytest.mark.parametrize(("ratio", "null", "superposed"), [(0.95, 0.96, False), (0.4, 0.96, True), (0.88, 0.96, False)])
+def test_the_null_and_not_one_is_the_yardstick(ratio, null, superposed):
+    found = planted_suite._verdict({"ratio": ratio, "null_ratio": null}, 0.1)
+    assert found["superposed"] is superposed
+
+
+def test_seeds_and_questions_are_named_once():
+    with pytest.raises(ValueError, match="give each once"):
+        PlantedSuiteConfig(seeds=(1, 1))

@@ -86,7 +86,11 @@ def evidence() -> dict[str, Any]:
              "n_tokens": 900, "n_contexts": 12}  # fmt: skip
     side = {"median": 0.4, "interval": [0.3, 0.5], "shuffled": 0.02}
     labels = {"induction": {"count": 7, "expected": 0.5}, "succession": {"count": 1, "expected": 0.2}}
-    heads = {"survey_heads": [3, 4], "share_on_survey_heads": 0.8, "expected_share": 0.3}
+    heads = {
+        "survey_heads": [{"layer": 17, "head": 3, "score": 0.8}],
+        "share_on_survey_heads": 0.8,
+        "expected_share": 0.3,
+    }
     read = {"n_live": 120, "labels": labels, "breadth": {"median": 4.0, "interval": [3.5, 4.5]},
             "predictability": {"from": side, "to": side}, "induction_heads": heads,
             "examples": [{"feature": 5, "label": "induction", "texts": ["a | b [c] `d`\n e"]}]}  # fmt: skip
@@ -97,12 +101,12 @@ def evidence() -> dict[str, Any]:
          "cosine_encoder": 0.99, "cosine_decoder": 0.99, "cosine_loadings": 0.99, "heads_error": 0.1, "l0": 8.0,
          "ov_dimension_error": 0.1, "adjusted_rand": 0.9, "normalised_mse": 0.01, "condition_number": 12.0},
         {"question": "superposition", "layer": "superposed", "seed": 0, "noise": 0.1, "ratio": 0.4, "null_ratio": 0.97,
-         "superposed": True, "truth": True},
-        {"question": "shared_layers", "layer": "share features", "seed": 0, "control": "none", "ratio": 0.9,
-         "found": True, "truth": True},
+         "superposed": True},
+        {"question": "shared_layers", "layers": "shared", "shared": 1.0, "seed": 0, "control": "none", "ratio": 0.9,
+         "found": True, "share_recovered": 0.9},
         {"question": "toys", "toy": "skip-trigram", "seed": 0, "accuracy": 0.99, "ratio": 0.7, "null_ratio": 0.97,
          "superposed": True},
-        *({"question": "phases", "mixing": m, "noise": n, "active": 8, "share_recovered": 0.5 + m / 4 - n / 4}
+        *({"question": "phases", "mixing": m, "noise": n, "planted_l0": 8, "share_recovered": 0.5 + m / 4 - n / 4}
           for m in (0.0, 1.0) for n in (0.0, 0.5)),
     ]  # fmt: skip
     return {
@@ -117,6 +121,6 @@ def evidence() -> dict[str, Any]:
             "ov_dimensions": [cluster | {"size": size, "effective_rank": 0.6 * size, "random_low": 0.7 * size,
                                          "random_mean": 0.8 * size, "random_high": 0.9 * size} for size in (4, 12, 40)],
             "size_correlations": {"mtc-60": {"induction": correlation, "skip_trigram": correlation}},
-            "modality": {"mtc-60": {"p_value": 0.4, "n": 16}},
+            "modality": {"mtc-60": {"ov_dimension": {"dip": 0.1, "p_value": 0.4, "n": 16}, "loadings": None}},
         },
     }  # fmt: skip

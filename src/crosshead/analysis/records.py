@@ -47,7 +47,7 @@ def run_record(
         "seed": run.seed,
         "control": run.control,
         "control_detail": None if control_detail is None else dict(control_detail),
-        "start": getattr(config, "start", None),
+        "start": _start(config),
         "learning_rate": run.schedule.learning_rate,
         "steps": run.schedule.steps,
         "tokens_trained": tokens_trained,
@@ -61,3 +61,9 @@ def run_record(
         "evaluation": evaluation.model_dump(mode="json", exclude={"feature_counts"}),
         "splicing": splicing.model_dump(mode="json"),
     }
+
+
+def _start(config: Any) -> str | None:
+    """Where training began, in words; None for architectures that have one start only."""
+    start, tokens = getattr(config, "start", None), getattr(config, "start_tokens", None)
+    return start if start != "value_maps" or tokens is None else f"{start}, {tokens} tokens"

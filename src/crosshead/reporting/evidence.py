@@ -49,11 +49,12 @@ def ov_dimensions(clusters: Sequence[Record], path: Path) -> None:
 def planted_phases(rows: Sequence[Record], path: Path) -> None:
     """Share of planted features that an MTC recovers, over mixing and noise, one map per number of active features."""
     with mpl.rc_context(STYLE):
-        mixing, noise, active = (sorted({row[key] for row in rows}) for key in ("mixing", "noise", "active"))
+        mixing, noise, active = (sorted({row[key] for row in rows}) for key in ("mixing", "noise", "planted_l0"))
         figure = Figure(figsize=(3.6 * len(active) + 0.8, 3.4))
         for i, level in enumerate(active):
             axes = figure.add_subplot(1, len(active), i + 1)
-            found = {(row["mixing"], row["noise"]): row["share_recovered"] for row in rows if row["active"] == level}
+            own = [row for row in rows if row["planted_l0"] == level]
+            found = {(row["mixing"], row["noise"]): row["share_recovered"] for row in own}
             grid = [[found.get((m, n), float("nan")) for m in mixing] for n in noise]
             image = axes.imshow(grid, cmap="viridis", vmin=0, vmax=1, aspect="auto", origin="lower")
             axes.grid(visible=False)

@@ -90,15 +90,15 @@ _PLANTED_RATIOS = (
     Column("MTC over Top-1", "ratio", "{:.3f}"),
     Column("one-head null", "null_ratio", "{:.3f}"),
     Column("said to be superposed", "superposed"),
-    Column("is", "truth"),
 )
 _PLANTED_LAYERS = (
-    Column("two layers that", "layer"),
+    Column("two layers", "layers"),
+    Column("features in both", "shared", "{:.0%}"),
     Column("control", "control"),
     Column("seed", "seed"),
     Column("objective ratio", "ratio", "{:.3f}"),
-    Column("structure found", "found"),
-    Column("is there", "truth"),
+    Column("sharing found", "found"),
+    Column("features recovered", "share_recovered", "{:.1%}"),
 )
 _TOYS = (
     Column("trained toy", "toy"),
@@ -225,6 +225,8 @@ def _numbers(run: str, found: Record) -> Record:
     row: Record = {"run": run, "n_live": found["n_live"]}
     values = dict(found["predictability"]) | ({"breadth": found["breadth"]} if found["breadth"] else {})
     for name, value in values.items():
+        if value is None:
+            continue
         interval = value["interval"]
         row |= {name: value["median"], f"{name}_shuffled": value.get("shuffled"),
                 f"{name}_interval": interval and f"{interval[0]:.3f} to {interval[1]:.3f}"}  # fmt: skip

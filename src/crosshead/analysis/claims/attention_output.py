@@ -89,7 +89,7 @@ def _induction_heads(metrics: Record, config: Any) -> Finding | None:
         title="Induction features on induction heads",
         claim="Induction features are moved by the heads that attend like induction heads.",
         figure=f"{run}: {_percent(heads['share_on_survey_heads'])} of what its induction features move goes through the "
-        f"survey's induction heads ({', '.join(map(str, heads['survey_heads']))}); "
+        f"survey's induction heads ({', '.join('{layer}.{head}'.format(**head) for head in heads['survey_heads'])}); "
         f"{found['labels']['induction']['count']} induction features.",
         control=f"All features of the same dictionary: {_percent(heads['expected_share'])}.",
         verdict=verdict,

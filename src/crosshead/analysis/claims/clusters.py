@@ -89,25 +89,26 @@ def _dimensions(metrics: Record, config: Any) -> Finding | None:
     if metrics["meaning"] is None:
         return None
     rows = {row["run"]: row for row in metrics["frontier"]}
-    runs = [run for run in metrics["meaning"]["modality"] if run in rows and rows[run]["series"] == config.mtc]
-    if not runs:
+    modality = {run: found["ov_dimension"] for run, found in metrics["meaning"]["modality"].items()
+                if run in rows and rows[run]["series"] == config.mtc and found["ov_dimension"] is not None}  # fmt: skip
+    if not modality:
         return None
-    shown = runs[0]
+    shown = next(iter(modality))
     own = [d for d in metrics["meaning"]["ov_dimensions"] if d["run"] == shown]
-    modality = metrics["meaning"]["modality"]
     outside = sum(not d["random_low"] <= d["effective_rank"] <= d["random_high"] for d in own)
-    correlation = metrics["meaning"]["size_correlations"].get(shown)
-    sizes = "" if correlation is None else (
-        f" Cluster size against share of induction rho {correlation['induction']['rho']:.2f} "
-        f"(p {correlation['induction']['p_value']:.2f}), against share of skip-trigrams "
-        f"{correlation['skip_trigram']['rho']:.2f} (p {correlation['skip_trigram']['p_value']:.2f}).")  # fmt: skip
-    verdict, reason = decide_dimensions([(rows[run]["seed"], modality[run]) for run in runs])
+    correlations = metrics["meaning"]["size_correlations"].get(shown) or {}
+    sizes = "".join(
+        f" Cluster size against share of {name.replace('_', '-')}s: rho {found['rho']:.2f} (p {found['p_value']:.2f})."
+        for name, found in correlations.items()
+        if found is not None
+    )
+    verdict, reason = decide_dimensions([(rows[run]["seed"], test) for run, test in modality.items()])
     return Finding(
         key="ov-dimension",
         title="OV dimension",
         claim="Attention features have no preferred OV dimensions: clusters form a continuum rather than discrete families.",
-        figure=f"OV dimensions of {len(own)} clusters of {shown}: test for one mode p "
-        f"{_number(modality[shown]['p_value'])} ({modality[shown]['n']} clusters).{sizes}",
+        figure=f"OV dimensions of {len(own)} clusters of {shown}: test for one mode (dip) p "
+        f"{modality[shown]['p_value']:.2f} ({modality[shown]['n']} clusters).{sizes}",
         control=f"Size-matched random sets of features: {outside} of {len(own)} clusters lie outside their 95% range.",
         verdict=verdict,
         rule=f"Contradicts when one mode is rejected at 5% (Bonferroni over dictionaries) at {SEEDS_TO_DECIDE} seeds or "
@@ -117,10 +118,6 @@ def _dimensions(metrics: Record, config: Any) -> Finding | None:
         picture="ov_dimensions.png",
         commands=commands(metrics, "meaning", "report"),
     )
-
-
-def _number(value: float | None) -> str:
-    return "unknown" if value is None else f"{value:.2f}"
 
 
 def decide_dimensions(tests: Sequence[tuple[int, Record]]) -> Decision:

@@ -115,7 +115,7 @@ def _interpretability(metrics: Record, config: Any) -> Finding | None:
 
 def _read(found: Record) -> str:
     sides = ", ".join(f"moved {side} {value['median']:.3f}" for side, value in found["predictability"].items()
-                      if value["median"] is not None)  # fmt: skip
+                      if value is not None)  # fmt: skip
     breadth = found["breadth"]
-    broad = f"; attends over {breadth['median']:.1f} tokens" if breadth and breadth["median"] is not None else ""
+    broad = f"; attends over {breadth['median']:.1f} tokens" if breadth else ""
     return f"{found['run']}: average precision {sides}{broad} ({found['n_live']:,} live features)"

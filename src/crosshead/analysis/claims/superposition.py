@@ -244,10 +244,10 @@ def _meaning_text(found: Record) -> str:
             f"moved {side} {value['median']:.3f} ({value['interval'][0]:.3f} to {value['interval'][1]:.3f}; shuffled "
             f"{value['shuffled']:.3f})"
             for side, value in found["predictability"].items()
-            if value["median"] is not None
+            if value is not None
         )
     ]
-    if found["breadth"] is not None and found["breadth"]["median"] is not None:
+    if found["breadth"] is not None:
         parts.append(f"attends over {found['breadth']['median']:.1f} tokens (median)")
     return "; ".join(parts) + f" ({found['n_live']:,} live features)"
 
@@ -259,7 +259,7 @@ def decide_interpretability(pairs: Sequence[tuple[Record, Record]]) -> Decision:
         return few
     sides = [separated(second["predictability"][side], first["predictability"][side])
              for first, second in pairs for side in ("from", "to")
-             if side in first["predictability"] and side in second["predictability"]]  # fmt: skip
+             if first["predictability"][side] is not None and second["predictability"][side] is not None]  # fmt: skip
     if sides and all(side == -1 for side in sides):
         return Decision("supports", "less predictable on both sides at every seed")
     if sides and all(side == 1 for side in sides):

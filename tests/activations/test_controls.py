@@ -64,7 +64,7 @@ def test_matched_rows_are_rows_of_other_contexts_with_the_same_tokens(cache: Act
         assert torch.equal(plain[Site(1, name)], control[Site(1, name)])
         assert torch.equal(rows(plain[Site(2, name)])[:, 0], rows(control[Site(2, name)])[:, 0])
     unchanged = (rows(plain[Site(2, "v")]) == rows(control[Site(2, "v")])).all(-1)[:, 2:]
-    assert not unchanged.any()
+    assert unchanged.float().mean() < 0.05, "equal beginnings alone have equal rows"
 
 
 def test_matched_rows_depend_on_seed_and_step_and_on_no_history(cache: ActivationCache):

@@ -1,3 +1,5 @@
+from itertools import pairwise
+
 import torch
 
 from crosshead.analysis.succession import FAMILIES, queries_after_first_item, succession_texts
@@ -15,9 +17,9 @@ def test_every_list_has_a_twin_of_the_same_items_in_which_none_follows_its_prede
         assert len(items) == 6
         names = FAMILIES[family]
         follows = {name: names[(i + 1) % len(names)] for i, name in enumerate(names)}
-        assert all(follows[a] == b for a, b in zip(items, items[1:], strict=False))
+        assert all(follows[a] == b for a, b in pairwise(items))
         index = {item: i for i, item in enumerate(items)}
-        assert all(index[b] != index[a] + 1 for a, b in zip(others, others[1:], strict=False))
+        assert all(index[b] != index[a] + 1 for a, b in pairwise(others))
     assert found == succession_texts(windows=3, items=6, seed=0)
     assert found.ordered != succession_texts(windows=3, items=6, seed=1).ordered
 

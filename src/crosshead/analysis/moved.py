@@ -89,16 +89,16 @@ class Moved:
         if self.mover.anchored != "source":
             return None
         entries = self.entries
-        token = self.tokens[entries.context, entries.anchor]
-        pairs, inverse = torch.unique(torch.stack([entries.feature, token]), dim=1, return_inverse=True)
-        mass, other = (torch.zeros(pairs.shape[1], dtype=torch.float64).index_add_(0, inverse, x.double())
-                       for x in (entries.mass, entries.other))  # fmt: skip
-        best = torch.zeros_like(self.mass).scatter_reduce_(0, pairs[0], mass, "amax")
-        # Ties go to the token with the smaller number: pairs are sorted, and the first one stands.
-        leading = torch.nonzero(mass == best[pairs[0]])[:, 0].flip(0)
-        share = torch.zeros_like(self.mass)
-        share[pairs[0, leading]] = other[leading]
-        return _ratio(share.numpy(), self.mass.numpy())
+        token = self.tokens[entries.context, entries.anchor].numpy()
+        pairs, place = np.unique(np.stack([entries.feature.numpy(), token]), axis=1, return_inverse=True)
+        mass, other = (np.bincount(place.ravel(), part.double().numpy(), pairs.shape[1])
+                       for part in (entries.mass, entries.other))  # fmt: skip
+        # By feature, then mass; of equal ones the smaller token comes first.
+        order = np.lexsort((pairs[1], -mass, pairs[0]))
+        features, first = np.unique(pairs[0, order], return_index=True)
+        share = np.zeros(len(self.mass))
+        share[features] = other[order[first]]
+        return _ratio(share, self.mass.numpy())
 
     def _column(self, part: int, relation: str) -> Array:
         return self.columns[:, column_slices(self.draws)[part]][:, RELATIONS.index(relation)].numpy()

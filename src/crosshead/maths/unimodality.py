@@ -51,7 +51,7 @@ def dip(sample: Floats) -> float:
         return 0.0
     upper = np.cumsum(counts) / counts.sum()
     lower = upper - counts / counts.sum()
-    first, last, largest = 0, len(values) - 1, 1.0 / counts.sum()
+    first, last, largest = 0, len(values) - 1, 1.0 / len(sample)
     while True:
         x, low, high = (part[first : last + 1] for part in (values, lower, upper))
         minorant = _hull(x, low)

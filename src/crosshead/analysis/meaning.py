@@ -21,14 +21,8 @@ from crosshead.activations.cache import ActivationSource
 from crosshead.activations.capture import capture
 from crosshead.activations.survey import repeated_random_tokens
 from crosshead.activations.texts import read_texts
-from crosshead.analysis.clustering import cluster_labels, clustered, loading_vectors
-from crosshead.analysis.enrichment import (
-    EnrichmentConfig,
-    enrichment,
-    ov_dimensions,
-    shuffled_discoveries,
-    size_correlation,
-)
+from crosshead.analysis.cluster_meaning import describe_clusters
+from crosshead.analysis.enrichment import EnrichmentConfig
 from crosshead.analysis.examples import examples
 from crosshead.analysis.labels import (
     Evidence,
@@ -52,7 +46,6 @@ from crosshead.analysis.predictability import (
 from crosshead.analysis.relations import POSITIONAL, delimiters
 from crosshead.analysis.succession import SuccessionTexts, queries_after_first_item, succession_texts
 from crosshead.dictionaries.base import Batch, Dictionary, Site
-from crosshead.maths.unimodality import unimodality
 
 __all__ = ["MeaningConfig", "Subject", "describe"]
 
@@ -197,9 +190,13 @@ def describe(
         on_text = mover_of(subject.module, weights, lambda layer: _has_pattern(cache, layer))
         study = _study(subject, everywhere[subject.name], on_text, contexts)
         result["runs"][subject.name] = _features(study, contexts, survey)
-        for key, own in _clusters(study, _loadings(subject.module, cache), config).items():
+        clusters = describe_clusters(
+            subject.module, _loadings(subject.module, cache), subject.live, study.labels, study.text,
+            _induction_share(study, config), config.clusters, simulations=config.simulations, seed=config.seed,
+        )  # fmt: skip
+        for key, own in clusters.items():
             if isinstance(own, list):
-                result[key] += own
+                result[key] += [{"run": subject.name} | record for record in own]
             else:
                 result[key][subject.name] = own
     return result
@@ -207,6 +204,19 @@ def describe(
 
 def _has_pattern(cache: ActivationSource, layer: int) -> bool:
     return {Site(layer, "q"), Site(layer, "k")} <= set(cache.sites)
+
+
+def _loadings(module: Dictionary, cache: ActivationSource) -> Floats | None:
+    """[F, heads], per query head where key/value heads are shared; None for features without fixed heads."""
+    per_query_head = getattr(module, "query_head_loadings", None)
+    found = module.head_loadings() if per_query_head is None else per_query_head(cache.weights())
+    return None if found is None else found.double().cpu().numpy()
+
+
+def _induction_share(study: _Study, config: MeaningConfig) -> Floats:
+    """On repeated random tokens [F]; NaN for features that hardly fire there."""
+    enough = study.repeated.firings.numpy() >= config.labels.minimum_firings
+    return np.where(enough, study.repeated.share("induction"), np.nan)
 
 
 def _study(subject: Subject, everywhere: Mover, on_text: Mover, contexts: _Contexts) -> _Study:
@@ -321,70 +331,3 @@ def _normalised(values: Floats) -> Floats:
 def _head(place: tuple[int, int]) -> Record:
     layer, head = place
     return {"layer": None, "head": "identity"} if place == IDENTITY else {"layer": layer, "head": head}
-
-
-# ---- clusters ----
-
-
-def _loadings(module: Dictionary, cache: ActivationSource) -> Floats | None:
-    """[F, heads], per query head where key/value heads are shared; None for features without fixed heads."""
-    per_query_head = getattr(module, "query_head_loadings", None)
-    found = module.head_loadings() if per_query_head is None else per_query_head(cache.weights())
-    return None if found is None else found.double().cpu().numpy()
-
-
-def _clusters(study: _Study, loadings: Floats | None, config: MeaningConfig) -> Record:
-    if loadings is None:
-        return {}
-    run, own, live = study.subject.name, config.clusters, study.subject.live
-    vectors, features = loading_vectors(loadings, live), clustered(loadings, live)
-    k = min(own.k, len(vectors) // 8)
-    if k < 2:
-        return {}
-    assigned = cluster_labels(vectors, k, own.seed)
-    holds, names = study.labels.holds[features], study.labels.names
-    records = enrichment(holds, names, assigned)
-    rows = study.subject.module.decoder.detach().double().cpu().numpy()[features]
-    dimensions = ov_dimensions(rows, _power(study)[features], assigned, own)
-    return {
-        "enrichment": [{"run": run, "k": k} | record for record in records],
-        "enrichment_summary": {
-            "discoveries": sum(record["q_value"] <= own.false_discovery_rate for record in records),
-            "expected_under_shuffle": shuffled_discoveries(holds, assigned, own),
-            "tests": len(records),
-        },
-        "ov_dimensions": [{"run": run, "k": k} | record for record in dimensions],
-        "size_correlations": {
-            "induction": size_correlation(assigned, _induction_share(study, config)[features]),
-            "skip_trigram": size_correlation(assigned, _or_none(study.text.skip_trigram_share(), features)),
-        },
-        "modality": _modality(vectors, dimensions, config),
-    }
-
-
-def _or_none(values: Floats | None, features: NDArray[np.int64]) -> Floats | None:
-    return None if values is None else values[features]
-
-
-def _induction_share(study: _Study, config: MeaningConfig) -> Floats:
-    """NaN for features that hardly fire on repeated random tokens."""
-    enough = study.repeated.firings.numpy() >= config.labels.minimum_firings
-    return np.where(enough, study.repeated.share("induction"), np.nan)
-
-
-def _power(study: _Study) -> Floats:
-    """Power that every feature writes on text [F]; of a value SAE, that of its own reconstruction."""
-    if not hasattr(study.subject.module, "query_head_loadings"):
-        return study.text.power.numpy()
-    entries, size = study.text.entries, study.subject.module.decoder.detach().norm(dim=1).double().cpu().numpy()
-    return np.bincount(entries.feature.numpy(), entries.value.double().numpy() ** 2, len(size)) * size**2
-
-
-def _modality(vectors: Floats, dimensions: Sequence[Record], config: MeaningConfig) -> Record:
-    """Dip tests: log OV dimension of clusters, and the features' first principal loading coordinate."""
-    ranks = np.array([record["effective_rank"] for record in dimensions])
-    centred = vectors - vectors.mean(0)
-    first = centred @ np.linalg.eigh(centred.T @ centred)[1][:, -1]
-    found = {"ov_dimension": np.log(ranks[ranks > 0]), "loadings": first}
-    tests = {name: unimodality(sample, config.simulations, config.seed) for name, sample in found.items()}
-    return {name: None if test is None else dict(test._asdict()) for name, test in tests.items()}

@@ -13,11 +13,17 @@ ARCHITECTURES = {
     "mtc-resid": {"kind": "mtc", "layers": [1], "target": "resid_out", "input": "resid", "loadings_penalty": "l1"},
     "mtc-top2": {"kind": "mtc", "layers": [1], "heads_per_feature": 2, "loadings_penalty": "l2"},
     "mtc-fixed": {"kind": "mtc", "layers": [1], "heads_per_feature": 1, "assignment": "fixed"},
+    "joint_mtc": {"kind": "joint_mtc", "layers": [1]},
+    "joint_mtc-all": {
+        "kind": "joint_mtc", "layers": [1], "target": "resid_out", "input": "resid", "heads_per_feature": "all",
+    },
+    "sae_best_head": {"kind": "sae_best_head", "layers": [1]},
+    "sae_best_head-resid": {"kind": "sae_best_head", "layers": [1], "input": "resid"},
     "value_sae": {"kind": "value_sae", "layers": [0, 1]},
     "value_sae-whole": {"kind": "value_sae", "layers": [0, 1], "norm": "whole"},
     "attn_out_sae": {"kind": "attn_out_sae", "layers": [1]},
     "attn_out_sae-heads": {"kind": "attn_out_sae", "layers": [1], "per_head": True},
-}
+}  # fmt: skip
 
 
 def batch_of(model, tokens, sites) -> Batch:

@@ -26,7 +26,13 @@ class DenseLoss(NamedTuple):
 
 def dense_loss(module: Dictionary, batch: Batch, progress: float) -> DenseLoss:
     """The training loss of any architecture, in the dtype of the module."""
-    forms = {"mtc": _mtc, "value_sae": _value_sae, "attn_out_sae": _attn_out_sae}
+    forms = {
+        "mtc": _mtc,
+        "joint_mtc": _joint_mtc,
+        "sae_best_head": _sae_best_head,
+        "value_sae": _value_sae,
+        "attn_out_sae": _attn_out_sae,
+    }
     return forms[module.config.kind](module, batch, progress)
 
 
@@ -34,14 +40,7 @@ def dense_loss(module: Dictionary, batch: Batch, progress: float) -> DenseLoss:
 
 
 def _mtc(module, batch: Batch, progress: float) -> DenseLoss:
-    config, (layer,) = module.config, module.config.layers
-    dtype = module.decoder.dtype
-    x_BTX = batch[Site(layer, "resid_in")].to(dtype)
-    if config.input == "normed":
-        x_BTX = x_BTX / (x_BTX**2).mean(-1, keepdim=True).sqrt()
-    x_BTX = (x_BTX - module.input_mean) * module.input_scale
-    y_BTD = (batch[Site(layer, config.target)].to(dtype) - module.target_mean) * module.target_scale
-
+    config = module.config
     loadings_MF = module.loadings * _movers_left(module, progress)
     if config.loadings_penalty == "l1":
         size_F = loadings_MF.abs().sum(0)
@@ -50,15 +49,49 @@ def _mtc(module, batch: Batch, progress: float) -> DenseLoss:
     else:
         size_F = torch.einsum("mf,mn,nf->f", loadings_MF, module.pattern_gram, loadings_MF).sqrt()
     norms_F = size_F * (module.decoder**2).sum(1).sqrt()
-
+    x_BTX = _layer_input(module, batch)
     f_NF, penalties = _activations(module, x_BTX.flatten(0, 1), norms_F, batch.mask.flatten(), progress)
+    prediction = _moved(module, batch, f_NF, loadings_MF)
+    return _result(prediction, _layer_target(module, batch), f_NF, batch.mask, penalties)
+
+
+def _joint_mtc(module, batch: Batch, progress: float) -> DenseLoss:
+    sae = _sae_best_head(module, batch, progress)
+    loadings_MF = module.loadings * _movers_left(module, progress)
+    prediction = _moved(module, batch, sae.codes.detach(), loadings_MF)
+    parts = sae.parts | {"sae": sae.parts["reconstruction"]}
+    del parts["reconstruction"]
+    return _result(prediction, _layer_target(module, batch), sae.codes, batch.mask, parts)
+
+
+def _sae_best_head(module, batch: Batch, progress: float) -> DenseLoss:
+    x_BTX = _layer_input(module, batch)
+    norms_F = (module.sae_decoder**2).sum(1).sqrt()
+    f_NF, penalties = _activations(module, x_BTX.flatten(0, 1), norms_F, batch.mask.flatten(), progress)
+    prediction = f_NF.view(*batch.mask.shape, -1) @ module.sae_decoder + module.sae_bias
+    return _result(prediction, x_BTX, f_NF, batch.mask, penalties)
+
+
+def _layer_input(module, batch: Batch) -> Tensor:
+    x_BTX = batch[Site(module.config.layers[0], "resid_in")].to(module.encoder.weight.dtype)
+    if module.config.input == "normed":
+        x_BTX = x_BTX / (x_BTX**2).mean(-1, keepdim=True).sqrt()
+    return (x_BTX - module.input_mean) * module.input_scale
+
+
+def _layer_target(module, batch: Batch) -> Tensor:
+    y_BTD = batch[Site(module.config.layers[0], module.config.target)].to(module.decoder.dtype)
+    return (y_BTD - module.target_mean) * module.target_scale
+
+
+def _moved(module, batch: Batch, f_NF: Tensor, loadings_MF: Tensor) -> Tensor:
     f_BTF = f_NF.view(*batch.mask.shape, -1)
     prediction = module.decoder_bias + (f_BTF * loadings_MF[0]) @ module.decoder
     for h in range(module.dims.n_heads):
-        pattern_BTT = batch[Site(layer, "pattern")][:, h].to(dtype)
+        pattern_BTT = batch[Site(module.config.layers[0], "pattern")][:, h].to(module.decoder.dtype)
         prediction = prediction + pattern_BTT @ (f_BTF * loadings_MF[h + 1]) @ module.decoder
         prediction = prediction + pattern_BTT[:, :, :1] * module.bos[h]
-    return _result(prediction, y_BTD, f_NF, batch.mask, penalties)
+    return prediction
 
 
 def _movers_left(module, progress: float) -> Tensor:

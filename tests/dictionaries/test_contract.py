@@ -107,7 +107,7 @@ def test_start_and_calibration_see_counted_positions_only(case):
     assert_close(states[1], states[0])
 
 
-@every_case
+@pytest.mark.parametrize("case", [c for c in CASES if not c.startswith("sae_best_head")])  # it sees whole contexts
 def test_a_later_token_never_changes_an_earlier_output(case):
     module, batches = started(case)
     module.calibrate_(batches)
@@ -239,7 +239,9 @@ def test_folding_is_exact_in_float64_and_needs_no_evaluation_mode(case):
 def test_folded_batch_topk_is_a_jumprelu_that_never_chooses_a_feature_that_writes_nothing(case, calibrated):
     module, batch = off_centre(case)
     with torch.no_grad():
-        module.decoder[[2, 7]] = 0.0
+        for name, parameter in module.named_parameters():
+            if name.endswith("decoder"):
+                parameter[[2, 7]] = 0.0
         if not calibrated:
             module.encoder.threshold.zero_()
     folded = module.folded()

@@ -119,9 +119,8 @@ class _Run:
 
     def predict(self, a: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Prediction and target [B, T, D] in the run's normalised units."""
-        if self.config["kind"] == "mtc":
-            return self._mtc(a)
-        return self._autoencoder(a)
+        forms = {"mtc": self._mtc, "joint_mtc": self._joint, "sae_best_head": self._best_head}
+        return forms.get(self.config["kind"], self._autoencoder)(a)
 
     def _codes(self, x: Float[Tensor, "B T X"], norms: Tensor) -> Float[Tensor, "B T F"]:
         pre = x @ self.w["encoder.weight"].T + self.w["encoder.bias"]
@@ -140,11 +139,7 @@ class _Run:
         return codes
 
     def _mtc(self, a: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        config, w, layer = self.config, self.w, self.layers[0]
-        x = a[f"{layer}.resid"]
-        if config["input"] == "normed":
-            x = x / x.square().mean(-1, keepdim=True).sqrt()
-        x = (x - w["input_mean"]) * w["input_scale"]
+        config, w = self.config, self.w
         loadings = self._kept_loadings()
         if config["loadings_penalty"] == "gram":
             size = torch.einsum("hf,hg,gf->f", loadings, w["pattern_gram"], loadings).clamp(min=1e-12).sqrt()
@@ -152,13 +147,44 @@ class _Run:
             size = loadings.abs().sum(0)
         else:
             size = loadings.norm(dim=0)
-        codes = self._codes(x, size * w["decoder"].norm(dim=1))
-        pattern = a[f"{layer}.pattern"]
+        return self._moved(a, size * w["decoder"].norm(dim=1), loadings)
+
+    def _joint(self, a: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        return self._moved(a, self.w["sae_decoder"].norm(dim=1), self._kept_loadings())
+
+    def _moved(self, a: dict[str, Tensor], norms: Tensor, loadings: Tensor) -> tuple[Tensor, Tensor]:
+        """Codes that compete by ``norms``, moved by patterns with ``loadings``."""
+        w, pattern = self.w, a[f"{self.layers[0]}.pattern"]
+        codes = self._codes(self._layer_input(a), norms)
         y = (codes * loadings[0]) @ w["decoder"] + w["decoder_bias"]
         for h in range(pattern.shape[1]):
             y = y + pattern[:, h] @ ((codes * loadings[h + 1]) @ w["decoder"]) + pattern[:, h, :, :1] * w["bos"][h]
-        raw = a[f"{layer}.attn"] if config["target"] == "attn_out" else a[f"{layer}.resid_out"]
-        return y, (raw - w["target_mean"]) * w["target_scale"]
+        return y, self._layer_target(a)
+
+    def _best_head(self, a: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Every feature of a context through the head that moves it most there."""
+        w, pattern = self.w, a[f"{self.layers[0]}.pattern"]
+        codes = self._codes(self._layer_input(a), w["sae_decoder"].norm(dim=1))
+        group = pattern.shape[1] // w["to_value"].shape[1]
+        written = torch.stack([w["sae_decoder"] @ w["to_value"][:, h // group] @ w["W_O"][h]
+                               for h in range(pattern.shape[1])]) * w["target_scale"]  # fmt: skip
+        y = w["bias"].expand(*codes.shape[:2], -1).clone()
+        best = torch.stack([(pattern[:, h] @ codes)[:, 1:].abs().sum(1) * written[h].norm(dim=1)
+                            for h in range(pattern.shape[1])]).argmax(0)  # fmt: skip
+        for h in range(pattern.shape[1]):
+            own = codes * (best == h)[:, None]
+            y = y + w["gains"][h] * (pattern[:, h] @ own) @ written[h] + pattern[:, h, :, :1] * w["bos"][h]
+        return y, self._layer_target(a)
+
+    def _layer_input(self, a: dict[str, Tensor]) -> Float[Tensor, "B T X"]:
+        x = a[f"{self.layers[0]}.resid"]
+        if self.config["input"] == "normed":
+            x = x / x.square().mean(-1, keepdim=True).sqrt()
+        return (x - self.w["input_mean"]) * self.w["input_scale"]
+
+    def _layer_target(self, a: dict[str, Tensor]) -> Float[Tensor, "B T D"]:
+        raw = a[f"{self.layers[0]}.attn" if self.config["target"] == "attn_out" else f"{self.layers[0]}.resid_out"]
+        return (raw - self.w["target_mean"]) * self.w["target_scale"]
 
     def _kept_loadings(self) -> Tensor:
         loadings, kept = self.w["loadings"], self.config["heads_per_feature"]

@@ -8,7 +8,7 @@ from crosshead.dictionaries.base import Dictionary, DictionaryConfig, ModelDims,
 
 __all__ = ["KINDS", "build", "config_class", "load_dictionary"]
 
-KINDS = ("attn_out_sae", "mtc", "value_sae")
+KINDS = ("attn_out_sae", "joint_mtc", "mtc", "sae_best_head", "value_sae")
 
 
 def _module(kind: str) -> Any:

@@ -196,6 +196,7 @@ def test_a_wrong_value_is_named_with_its_key_and_a_remedy(name: str, tmp_path: P
 def test_a_run_may_read_numbered_layers_that_are_harvested(tmp_path: Path, sections: dict):
     path = tmp_path / "params.yaml"
     sections["harvest"]["sites"].append({"layer": 3, "names": ["v"]})
+    del sections["runs"]["value-both-shared-k16"]  # made of the lowest harvested layer's input
     sections["runs"]["value-both-k16"]["layers"] = [3, "first"]
     path.write_text(yaml.safe_dump(sections))
     run = load_params(path).runs["value-both-k16"]
@@ -218,7 +219,7 @@ def test_an_architecture_itself_says_which_sites_it_reads(tmp_path: Path, sectio
     sections["harvest"]["sites"] = [{"layer": "first", "names": ["q", "k", "v"]}, {"layer": "second", "names": ["v"]}]
     message = fault(tmp_path, sections)
     assert "runs.mtc-k20.layers: harvest.sites lacks attn_out, resid_in of layer first" in message
-    assert "runs.value" not in message
+    assert "runs.value-both-k16" not in message
     sections["runs"] = {"heads": sections["runs"]["attn-out-k20"] | {"per_head": True}}
     sections["clusters"]["runs"] = ["heads"]
     path = tmp_path / "params.yaml"

@@ -221,7 +221,8 @@ def test_an_architecture_itself_says_which_sites_it_reads(tmp_path: Path, sectio
     assert "runs.mtc-k20.layers: harvest.sites lacks attn_out, resid_in of layer first" in message
     assert "runs.value-both-k16" not in message
     sections["runs"] = {"heads": sections["runs"]["attn-out-k20"] | {"per_head": True}}
-    sections["clusters"]["runs"] = ["heads"]
+    sections["clusters"]["runs"] = sections["meaning"]["runs"] = ["heads"]
+    sections["nulls"] = {"teacher": "heads", "runs": ["heads"]}
     path = tmp_path / "params.yaml"
     path.write_text(yaml.safe_dump(sections))
     load_params(path)

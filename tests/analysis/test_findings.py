@@ -130,5 +130,5 @@ def test_the_frontier_has_the_documented_fields():
 def test_claims_without_runs_are_left_out():
     found = copy.deepcopy(metrics())
     found["comparisons"] = {}
-    found["clusters"] = []
+    found["clusters"], found["cluster_features"] = [], {}
     assert {f.key for f in judge(found, CONFIG)} == {"heads-per-feature", "identity", "attention-output"}

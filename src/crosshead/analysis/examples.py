@@ -69,5 +69,6 @@ def _texts(found: Moved, feature: int, tokenizer: Any, n_texts: int) -> list[str
         context, anchor, partner = (int(column[i]) for column in (entries.context, entries.anchor, entries.partner))
         if len(contexts) < n_texts and context not in contexts:
             ends = (anchor, partner) if found.mover.anchored == "source" else (partner, anchor)
-            contexts[context] = snippet(found.tokens[context], *ends, tokenizer)
+            end = int(found.mask[context].nonzero()[-1]) + 1
+            contexts[context] = snippet(found.tokens[context, :end], *ends, tokenizer)
     return list(contexts.values())

@@ -50,6 +50,7 @@ class Moved:
     mover: Mover
     draws: int
     tokens: Int[Tensor, "n T"]
+    mask: Bool[Tensor, "n T"]
     firings: Int[Tensor, " F"]
     mass: Float[Tensor, " F"]
     columns: Float[Tensor, "F K"]
@@ -116,6 +117,7 @@ class _Parts:
     contexts: list[Tensor] = field(default_factory=list)
     entries: list[Entries] = field(default_factory=list)
     tokens: list[Tensor] = field(default_factory=list)
+    masks: list[Tensor] = field(default_factory=list)
 
 
 @torch.no_grad()
@@ -145,8 +147,9 @@ def moved(
             weights = weights if mover.anchored == "destination" else weights.transpose(0, 1).contiguous()
             _Context(mover, counted[c], weights.to(batch.mask.device)).add(rows, parts)
             parts.tokens.append(batch.tokens[c].cpu())
+            parts.masks.append(batch.mask[c].cpu())
     entries = Entries(*(torch.cat(column) for column in zip(*parts.entries, strict=True))) if parts.entries else _NONE
-    return Moved(mover, draws, torch.stack(parts.tokens),
+    return Moved(mover, draws, torch.stack(parts.tokens), torch.stack(parts.masks),
                  torch.bincount(entries.feature, minlength=n_features), context_mass=torch.stack(parts.contexts),
                  entries=entries, **parts.sums)  # fmt: skip
 
@@ -194,9 +197,9 @@ class _Context:
         written = row.written * counted
         mass = written.abs()
         columns = mass @ self.weights[row.anchor, others]
-        # A feature stands once in a row, so no sum depends on an order.
-        self.sums.index_add_(0, features, columns)
-        self.through.index_add_(0, features, row.through(counted))
+        # A feature stands once in a row, so plain indexing adds (and is ten times faster than index_add_).
+        self.sums[features] += columns
+        self.through[features] += row.through(counted)
         total = mass.sum(1)
         if self.by_source:
             self.by_query[features, others] += mass
@@ -204,9 +207,9 @@ class _Context:
             self.signed[features, others] += written
         else:
             own_entropy = torch.special.xlogy(total, total) - torch.special.xlogy(mass, mass).sum(1)
-            self.mass.index_add_(0, features, total)
-            self.entropy.index_add_(0, features, own_entropy)
-            self.power.index_add_(0, features, written.sum(1).square())
+            self.mass[features] += total
+            self.entropy[features] += own_entropy
+            self.power[features] += written.sum(1).square()
         place = torch.full_like(features, row.anchor)
         partner = mass.argmax(1) + others.start
         other = columns[:, RELATIONS.index("other")]

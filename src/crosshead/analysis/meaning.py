@@ -37,7 +37,7 @@ from crosshead.analysis.labels import (
 from crosshead.analysis.moved import Moved, moved
 from crosshead.analysis.movers import IDENTITY, Mover, mover_of
 from crosshead.analysis.predictability import PredictabilityConfig, median_interval, observe, predictability
-from crosshead.analysis.relations import POSITIONAL, delimiters
+from crosshead.analysis.relations import POSITIONAL, RELATIONS, delimiters
 from crosshead.analysis.succession import SuccessionTexts, queries_after_first_item, succession_texts
 from crosshead.dictionaries.base import Batch, Dictionary, Site
 
@@ -244,6 +244,9 @@ def _features(study: _Study, contexts: _Contexts, survey: Sequence[Mapping[str, 
     config, labels = contexts.config, study.labels
     counts: Record = labels.counts()
     for name, evidence in labels.evidence.items():
+        if name in RELATIONS:
+            found = study.text if name == "delimiter" else study.repeated
+            counts[name]["pooled_share"] = found.pooled_share(name, study.subject.live)
         counts[name]["measured"] = int((evidence.enough & study.subject.live & np.isfinite(evidence.share)).sum())
     shown = [record for name in labels.evidence for record in examples(
         study.lists if name == "succession" else study.text, labels, name, contexts.model.tokenizer,

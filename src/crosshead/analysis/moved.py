@@ -68,6 +68,11 @@ class Moved:
         within, possible = (self._column(part, relation) for part in (0, 1))
         return _ratio(within, possible)
 
+    def pooled_share(self, relation: str, features: Array) -> float | None:
+        """Share of the mass of some features [F] together; None where the relation was never possible."""
+        within, possible = (float(self._column(part, relation)[features].sum()) for part in (0, 1))
+        return within / possible if possible else None
+
     def expected_share(self, relation: str) -> Array:
         """The same with uniformly drawn keys, in the mean [F]."""
         return _ratio(self._column(2, relation), self._column(1, relation))
@@ -148,14 +153,18 @@ def moved(
             _Context(mover, counted[c], weights.to(batch.mask.device)).add(rows, parts)
             parts.tokens.append(batch.tokens[c].cpu())
             parts.masks.append(batch.mask[c].cpu())
-    entries = Entries(*(torch.cat(column) for column in zip(*parts.entries, strict=True))) if parts.entries else _NONE
+    entries = _joined(parts.entries) if parts.entries else _NONE
     return Moved(mover, draws, torch.stack(parts.tokens), torch.stack(parts.masks),
                  torch.bincount(entries.feature, minlength=n_features), context_mass=torch.stack(parts.contexts),
                  entries=entries, **parts.sums)  # fmt: skip
 
 
-_NONE = Entries(*(torch.zeros(0, dtype=torch.long) for _ in range(3)), *(torch.zeros(0) for _ in range(3)),
-                torch.zeros(0, dtype=torch.long))  # fmt: skip
+_NO_NUMBERS, _NO_VALUES = torch.zeros(0, dtype=torch.long), torch.zeros(0)
+_NONE = Entries(_NO_NUMBERS, _NO_NUMBERS, _NO_NUMBERS, _NO_VALUES, _NO_VALUES, _NO_VALUES, _NO_NUMBERS)
+
+
+def _joined(parts: Sequence[Entries]) -> Entries:
+    return Entries(*(torch.cat(column).cpu() for column in zip(*parts, strict=True)))
 
 
 class _Context:
@@ -186,7 +195,7 @@ class _Context:
             total += own.double().cpu()
         parts.contexts.append(self.mass.double().cpu())
         if self.entries:
-            parts.entries.append(Entries(*(torch.cat(column).cpu() for column in zip(*self.entries, strict=True))))
+            parts.entries.append(_joined(self.entries))
 
     def _add_row(self, row: Moves, context: int) -> None:
         features, others = row.features, row.others

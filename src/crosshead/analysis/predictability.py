@@ -74,7 +74,8 @@ def observe(module: Any, batches: Iterable[Batch], features: Sequence[int]) -> d
     chosen = list(features)
     moves = hasattr(module, "effective_loadings")
     own_side: Side = "to" if hasattr(module.config, "per_head") else "from"
-    found: dict[Side, list[torch.Tensor]] = {own_side: []} | ({"to": []} if moves else {})
+    sides: tuple[Side, ...] = (own_side, "to") if moves else (own_side,)
+    found: dict[Side, list[torch.Tensor]] = {side: [] for side in sides}
     tokens, previous = [], []
     for batch in batches:
         before = torch.cat([batch.tokens[:, :1], batch.tokens[:, :-1]], dim=1)
@@ -166,7 +167,7 @@ def predictability(fit: Firings, held: Firings, config: PredictabilityConfig, se
         "base_rate": float(np.median((held.activity != 0).mean(0))),
     }
     for name, values in real.items():
-        own = {"median": float(np.median(values)), "shuffled": float(np.median(null[name]))}
+        own: dict[str, Any] = {"median": float(np.median(values)), "shuffled": float(np.median(null[name]))}
         if name in ("all", "bits"):
             own["interval"] = median_interval(values, config.bootstraps, seed)
         result |= own if name == "all" else {name: own}

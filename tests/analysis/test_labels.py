@@ -109,11 +109,11 @@ def test_a_feature_of_code_is_told_from_one_of_both_and_chance_is_half():
 
 
 def test_a_feature_that_wants_order_is_told_from_one_that_does_not():
-    families = ["days"] * 3 + ["months"] * 3 + ["letters"] * 3
+    families = ["days"] * 6 + ["months"] * 6 + ["letters"] * 6
     generator = np.random.default_rng(0)
-    mass = generator.random((18, 3)) + 0.5
-    mass[9:, 0] *= 0.05
-    mass[:, 2] *= np.array([1.0] * 3 + [0.0] * 6 + [1.0] * 3 + [0.0] * 6)
+    mass = generator.random((36, 3)) + 0.5
+    mass[18:, 0] *= 0.05
+    mass[:, 2] *= np.array([1.0] * 6 + [0.0] * 12 + [1.0] * 6 + [0.0] * 12)
     found = succession_evidence(_Masses(mass), families, LabelConfig(draws=200), 0)
     assert found.share[0] > 0.9
     assert found.share[1] == pytest.approx(0.5, abs=0.05)

@@ -13,18 +13,19 @@ from crosshead.dictionaries.registry import build, config_class
 from tests.activations.harvests import make_corpus, run_harvest
 
 CONFIG = MeaningConfig(
-    runs=("mtc", "value", "output"),
+    runs=("mtc", "top1", "value", "output"),
     sequences=3,
     length=10,
     succession_windows=1,
     labels=LabelConfig(minimum_firings=2, draws=2),
     predictability=PredictabilityConfig(fit_contexts=6, minimum_firings=2, bootstraps=20),
-    clusters=EnrichmentConfig(k=4, shuffles=5, random_sets=5),
+    clusters=EnrichmentConfig(k=5, shuffles=5, random_sets=5),
     induction_head_score=0.5,
     simulations=20,
 )
 FORMS = {
     "mtc": {"kind": "mtc", "layers": [1]},
+    "top1": {"kind": "mtc", "layers": [1], "heads_per_feature": 1},
     "value": {"kind": "value_sae", "layers": [1, 2]},
     "output": {"kind": "attn_out_sae", "layers": [1]},
 }
@@ -73,15 +74,18 @@ def test_every_run_is_described(document):
 def test_each_side_is_predicted_where_the_dictionary_has_it(document):
     sides = {name: {side: run["predictability"][side] is not None for side in ("from", "to")}
              for name, run in document["runs"].items()}  # fmt: skip
-    assert sides == {"mtc": {"from": True, "to": True}, "value": {"from": True, "to": False},
+    both = {"from": True, "to": True}
+    assert sides == {"mtc": both, "top1": both, "value": {"from": True, "to": False},
                      "output": {"from": False, "to": True}}  # fmt: skip
 
 
 def test_only_features_with_fixed_heads_have_clusters(document):
-    assert {record["run"] for record in document["ov_dimensions"]} == {"mtc", "value"}
-    assert set(document["enrichment_summary"]) == set(document["modality"]) == {"mtc", "value"}
+    with_heads = {"mtc", "top1", "value"}
+    assert {record["run"] for record in document["ov_dimensions"]} == with_heads
+    assert set(document["enrichment_summary"]) == set(document["modality"]) == with_heads
     sizes = [record["size"] for record in document["ov_dimensions"] if record["run"] == "mtc"]
-    assert (len(sizes), sum(sizes)) == (4, 47)
+    assert (len(sizes), sum(sizes)) == (5, 47)
+    assert len([r for r in document["ov_dimensions"] if r["run"] == "top1"]) <= 4  # one vector per head
 
 
 def test_mass_of_heads_adds_up_and_the_survey_names_the_induction_heads(document):

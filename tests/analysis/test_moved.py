@@ -75,6 +75,19 @@ def test_sums_equal_those_of_the_dense_tensor(case):
 
 
 @torch.no_grad()
+def test_the_pooled_share_is_that_of_the_summed_mass():
+    module, found = measure("mtc/topk")
+    chosen = np.arange(24) < 10
+    within = possible = 0.0
+    for batch in BATCHES:
+        masses, kind = dense_masses(module, batch).abs()[..., :10], dense_kinds(batch)["duplicate_token"]
+        within += float((masses * kind[..., None]).sum())
+        possible += float((masses.sum(2) * kind.any(2)[..., None]).sum())
+    assert found.pooled_share("duplicate_token", chosen) == pytest.approx(within / possible, rel=1e-4)
+    assert found.pooled_share("duplicate_token", np.zeros(24, dtype=bool)) is None
+
+
+@torch.no_grad()
 def test_breadth_is_the_mean_entropy_of_sources():
     module, found = measure("mtc/topk")
     masses = torch.cat([dense_masses(module, batch).abs() for batch in BATCHES]).double()

@@ -7,14 +7,13 @@ from crosshead.analysis.predictability import (
     Firings,
     PredictabilityConfig,
     average_precision,
-    fires_from,
     ngram_probabilities,
+    observe,
     predictability,
-    writes_to,
 )
 from tests.analysis.test_evaluation import ready
 
-CONFIG = PredictabilityConfig(minimum_firings=5)
+CONFIG = PredictabilityConfig(minimum_firings=5, smoothing=1.0)
 
 
 def stream(seed: int, n: int = 4000, vocabulary: int = 20) -> tuple[np.ndarray, np.ndarray]:
@@ -99,7 +98,7 @@ def test_features_that_fire_too_rarely_are_left_out():
 def test_activity_is_read_at_counted_positions():
     module, batches = ready("mtc/topk")
     chosen = [2, 5, 7]
-    found = fires_from(module, batches, chosen)
+    found = observe(module, batches, chosen)["from"]
     dense = torch.cat([module.key_side(b, chosen)[b.mask] for b in batches])
     np.testing.assert_allclose(found.activity, dense.double(), rtol=1e-6)
     assert found.tokens.tolist() == torch.cat([b.tokens[b.mask] for b in batches]).tolist()
@@ -109,7 +108,7 @@ def test_activity_is_read_at_counted_positions():
 def test_a_feature_is_moved_to_where_it_writes_more_than_a_hundredth():
     module, batches = ready("mtc/topk")
     chosen = [1, 3, 8, 20]
-    found = writes_to(module, batches, chosen)
+    found = observe(module, batches, chosen)["to"]
     with torch.no_grad():
         g = torch.cat([module.query_side(b, chosen)[b.mask] for b in batches])
         target = torch.cat([module.target(b)[b.mask] for b in batches]).norm(dim=-1)

@@ -80,7 +80,7 @@ def test_one_mode_is_kept_and_two_are_told_apart():
 
 def test_uniform_samples_are_rejected_at_the_nominal_rate():
     generator = np.random.default_rng(2)
-    p_values = [unimodality(generator.random(40), 99).p_value for _ in range(200)]
+    p_values = [unimodality(generator.random(40), 999).p_value for _ in range(300)]
     assert 0.01 < np.mean(np.array(p_values) <= 0.05) < 0.12
 
 

@@ -46,7 +46,8 @@ def describe_clusters(
     if loadings is None:
         return {}
     vectors, features = loading_vectors(loadings, live), clustered(loadings, live)
-    k = min(config.k, len(vectors) // 8)
+    # Features with one head each have one vector per head: there are no more clusters than that.
+    k = min(config.k, len(vectors) // 8, len(np.unique(vectors.round(6), axis=0)))
     if k < 2:
         return {}
     assigned = cluster_labels(vectors, k, config.seed)

@@ -122,7 +122,8 @@ def _by_density(vectors: Vectors, by_k: dict[int, NDArray[np.int64]], minimum: i
     if len(chosen) < minimum:
         return {"n_clusters": 0, "unassigned": 1.0, "k": None, "adjusted_rand": None}
     with threadpool_limits(1):
-        found = HDBSCAN(min_cluster_size=minimum, copy=True).fit_predict(vectors[chosen])
+        density = HDBSCAN(min_cluster_size=minimum, copy=True)  # pyright: ignore[reportArgumentType]
+        found = density.fit_predict(vectors[chosen])
     assigned, n_clusters = found >= 0, int(found.max()) + 1
     record = {"n_clusters": n_clusters, "unassigned": float(1.0 - assigned.mean())}
     if not by_k or not assigned.any():

@@ -35,7 +35,7 @@ class EnrichmentConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     k: Annotated[int, Field(ge=2)] = 32
-    """Clusters of k-means; fewer where a run has fewer than eight live features for each."""
+    """Clusters of k-means; fewer where there are fewer different vectors, or under eight live features for each."""
     seed: Annotated[int, Field(ge=0)] = 0
     """Seed of k-means."""
     false_discovery_rate: Annotated[float, Field(gt=0, lt=1)] = 0.05

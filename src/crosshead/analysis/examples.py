@@ -64,10 +64,13 @@ def _texts(found: Moved, feature: int, tokenizer: Any, n_texts: int) -> list[str
     entries = found.entries
     own = torch.nonzero(entries.feature == feature)[:, 0]
     own = own[torch.argsort(entries.mass[own], descending=True, stable=True)]
-    contexts: dict[int, str] = {}
+    texts: dict[str, None] = {}
+    contexts: set[int] = set()
     for i in own.tolist():
         context, anchor, partner = (int(column[i]) for column in (entries.context, entries.anchor, entries.partner))
-        if len(contexts) < n_texts and context not in contexts:
+        if len(texts) < n_texts and context not in contexts:
             ends = (anchor, partner) if found.mover.anchored == "source" else (partner, anchor)
-            contexts[context] = snippet(found.tokens[context], *ends, tokenizer)
-    return list(contexts.values())
+            end = int(found.mask[context].nonzero()[-1]) + 1
+            texts[snippet(found.tokens[context, :end], *ends, tokenizer)] = None
+            contexts.add(context)
+    return list(texts)

@@ -10,8 +10,8 @@ that get the label then is reported beside the count (design choice; after Jermy
   nothing but repetition can be attended to; null: keys drawn uniformly.
 - delimiter: share of moved mass from tokens without letter or digit, on text; the same null.
 - code: share of mass in code contexts, every context weighing alike; null: domains dealt anew to contexts.
-- succession: mass on ordered lists over mass on ordered and shuffled ones; null: ordered and shuffled exchanged at
-  random, pair by pair.
+- succession: mass on an ordered list over mass on it and its shuffled twin, mean over the pairs with any; null: ordered
+  and shuffled exchanged at random, pair by pair.
 - none: live features without any of these.
 
 There is no label for the beginning-of-text token: features are zero there, dictionaries carry it in a term of its own.
@@ -57,8 +57,10 @@ class LabelConfig(BaseModel):
     """Active positions that shares of moved mass need."""
     minimum_contexts: Annotated[int, Field(gt=0)] = 5
     """Active contexts that the label code needs."""
+    minimum_pairs: Annotated[int, Field(gt=0)] = 12
+    """Pairs of lists that the label succession needs activity on."""
     minimum_families: Annotated[int, Field(gt=0)] = 3
-    """Kinds of lists (days, months, ...) that the label succession needs activity on."""
+    """Kinds of lists (days, months, ...) among them."""
     draws: Annotated[int, Field(gt=0)] = 4
     """Draws of every null."""
 
@@ -161,19 +163,16 @@ def _domain_share(mass: Floats, own: Bools) -> Floats:
 
 
 def succession_evidence(found: Moved, families: Sequence[str], config: LabelConfig, seed: int) -> Evidence:
-    """Mass on ordered texts (the first half of the contexts) over mass on all; text i + P is the twin of text i."""
+    """Share of the ordered text (in the first half of the contexts) in every pair; text i + P is the twin of text i."""
     ordered, shuffled = np.split(found.context_mass.numpy(), 2)
     names: Any = np.array(families)
-    active = np.stack([(ordered + shuffled)[names == name].sum(0) > 0 for name in dict.fromkeys(families)])
-    enough = active.sum(0) >= config.minimum_families
+    both = ordered + shuffled
+    active = both > 0
+    n_families = np.stack([active[names == name].any(0) for name in dict.fromkeys(families)]).sum(0)
+    enough = (active.sum(0) >= config.minimum_pairs) & (n_families >= config.minimum_families)
+    beyond_half = np.divide(ordered, both, out=np.full(both.shape, 0.5), where=active) - 0.5
     generator = np.random.default_rng(seed)
-    null = []
-    for _ in range(config.draws):
-        swap = (generator.random(len(ordered)) < 0.5)[:, None]
-        null.append(_part(np.where(swap, shuffled, ordered), np.where(swap, ordered, shuffled)))
-    return Evidence(_part(ordered, shuffled), np.full(ordered.shape[1], 0.5), np.stack(null), enough)
-
-
-def _part(first: Floats, second: Floats) -> Floats:
-    one, both = first.sum(0), (first + second).sum(0)
-    return np.divide(one, both, out=np.full(len(both), np.nan), where=both > 0)
+    signs = [np.ones(len(both)), *(generator.choice([-1.0, 1.0], size=len(both)) for _ in range(config.draws))]
+    n_active = np.where(active.any(0), active.sum(0), np.nan)
+    shares = [0.5 + sign @ beyond_half / n_active for sign in signs]
+    return Evidence(shares[0], np.full(both.shape[1], 0.5), np.stack(shares[1:]), enough)

@@ -5,7 +5,7 @@ comes from the profile's activations, the other two from the base model. After J
 (2025), and the definitions in the modules that this one puts together; docs/meaning.md says what each figure means.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, NamedTuple
 
@@ -36,14 +36,8 @@ from crosshead.analysis.labels import (
 )
 from crosshead.analysis.moved import Moved, moved
 from crosshead.analysis.movers import IDENTITY, Mover, mover_of
-from crosshead.analysis.predictability import (
-    PredictabilityConfig,
-    fires_from,
-    median_interval,
-    predictability,
-    writes_to,
-)
-from crosshead.analysis.relations import POSITIONAL, delimiters
+from crosshead.analysis.predictability import PredictabilityConfig, median_interval, observe, predictability
+from crosshead.analysis.relations import POSITIONAL, RELATIONS, delimiters
 from crosshead.analysis.succession import SuccessionTexts, queries_after_first_item, succession_texts
 from crosshead.dictionaries.base import Batch, Dictionary, Site
 
@@ -69,7 +63,7 @@ class MeaningConfig(BaseModel):
     """Contexts of random tokens repeated once."""
     length: Annotated[int, Field(ge=4)] = 64
     """Random tokens before they repeat."""
-    succession_windows: Annotated[int, Field(gt=0)] = 4
+    succession_windows: Annotated[int, Field(gt=0)] = 8
     """Ordered lists of every kind, each with a shuffled twin."""
     succession_items: Annotated[int, Field(ge=4, le=7)] = 6
     """Items of a list."""
@@ -250,6 +244,9 @@ def _features(study: _Study, contexts: _Contexts, survey: Sequence[Mapping[str, 
     config, labels = contexts.config, study.labels
     counts: Record = labels.counts()
     for name, evidence in labels.evidence.items():
+        if name in RELATIONS:
+            found = study.text if name == "delimiter" else study.repeated
+            counts[name]["pooled_share"] = found.pooled_share(name, study.subject.live)
         counts[name]["measured"] = int((evidence.enough & study.subject.live & np.isfinite(evidence.share)).sum())
     shown = [record for name in labels.evidence for record in examples(
         study.lists if name == "succession" else study.text, labels, name, contexts.model.tokenizer,
@@ -269,7 +266,7 @@ def _features(study: _Study, contexts: _Contexts, survey: Sequence[Mapping[str, 
 
 
 def _n_counted(found: Moved) -> int:
-    return found.tokens[:, 1:].numel()
+    return int(found.mask.sum())
 
 
 def _breadth(study: _Study, config: MeaningConfig) -> Record | None:
@@ -286,19 +283,12 @@ def _predictability(study: _Study, contexts: _Contexts) -> Record:
     often = study.on_text & (study.text.firings.numpy() >= config.predictability.minimum_firings)
     drawn = np.random.default_rng(config.seed).permutation(np.flatnonzero(often))
     chosen = np.sort(drawn[: config.predictability.features]).tolist()
-    readers: dict[str, Callable[..., Any]] = {}
-    if study.mover.anchored == "destination":
-        readers["to"] = fires_from
-    else:
-        readers["from"] = fires_from
-        if hasattr(module, "effective_loadings"):
-            readers["to"] = writes_to
     result: Record = {"from": None, "to": None}
-    for side, read in readers.items() if chosen else ():
-        fit = read(module, contexts.read("train", config.predictability.fit_contexts, module.sites), chosen)
-        held = read(module, contexts.read("heldout", config.contexts, module.sites), chosen)
-        result[side] = predictability(fit, held, config.predictability, config.seed)
-    return result
+    if not chosen:
+        return result
+    sizes = {"train": config.predictability.fit_contexts, "heldout": config.contexts}
+    fit, held = (observe(module, contexts.read(split, n, module.sites), chosen) for split, n in sizes.items())
+    return result | {side: predictability(fit[side], held[side], config.predictability, config.seed) for side in fit}
 
 
 def _induction_heads(study: _Study, survey: Sequence[Mapping[str, Any]], config: MeaningConfig) -> Record | None:
@@ -312,7 +302,7 @@ def _induction_heads(study: _Study, survey: Sequence[Mapping[str, Any]], config:
     scores = {(record["layer"], record["head"]): float(record["induction"]) for record in survey}
     places = study.mover.movers
     heads = [m for m, place in enumerate(places) if scores.get(place, 0.0) >= config.induction_head_score]
-    order = np.argsort(-shares, kind="stable")[:3].tolist() if shares is not None else []
+    order = np.argsort(-shares, kind="stable")[:5].tolist() if shares is not None else []
     return {
         "n_features": int(own.sum()),
         "top_heads_by_induction_feature_mass": [

@@ -50,6 +50,7 @@ class Moved:
     mover: Mover
     draws: int
     tokens: Int[Tensor, "n T"]
+    mask: Bool[Tensor, "n T"]
     firings: Int[Tensor, " F"]
     mass: Float[Tensor, " F"]
     columns: Float[Tensor, "F K"]
@@ -66,6 +67,11 @@ class Moved:
         """Share of mass in a relation [F]; NaN where the relation was never possible."""
         within, possible = (self._column(part, relation) for part in (0, 1))
         return _ratio(within, possible)
+
+    def pooled_share(self, relation: str, features: Array) -> float | None:
+        """Share of the mass of some features [F] together; None where the relation was never possible."""
+        within, possible = (float(self._column(part, relation)[features].sum()) for part in (0, 1))
+        return within / possible if possible else None
 
     def expected_share(self, relation: str) -> Array:
         """The same with uniformly drawn keys, in the mean [F]."""
@@ -116,6 +122,7 @@ class _Parts:
     contexts: list[Tensor] = field(default_factory=list)
     entries: list[Entries] = field(default_factory=list)
     tokens: list[Tensor] = field(default_factory=list)
+    masks: list[Tensor] = field(default_factory=list)
 
 
 @torch.no_grad()
@@ -145,14 +152,19 @@ def moved(
             weights = weights if mover.anchored == "destination" else weights.transpose(0, 1).contiguous()
             _Context(mover, counted[c], weights.to(batch.mask.device)).add(rows, parts)
             parts.tokens.append(batch.tokens[c].cpu())
-    entries = Entries(*(torch.cat(column) for column in zip(*parts.entries, strict=True))) if parts.entries else _NONE
-    return Moved(mover, draws, torch.stack(parts.tokens),
+            parts.masks.append(batch.mask[c].cpu())
+    entries = _joined(parts.entries) if parts.entries else _NONE
+    return Moved(mover, draws, torch.stack(parts.tokens), torch.stack(parts.masks),
                  torch.bincount(entries.feature, minlength=n_features), context_mass=torch.stack(parts.contexts),
                  entries=entries, **parts.sums)  # fmt: skip
 
 
-_NONE = Entries(*(torch.zeros(0, dtype=torch.long) for _ in range(3)), *(torch.zeros(0) for _ in range(3)),
-                torch.zeros(0, dtype=torch.long))  # fmt: skip
+_NO_NUMBERS, _NO_VALUES = torch.zeros(0, dtype=torch.long), torch.zeros(0)
+_NONE = Entries(_NO_NUMBERS, _NO_NUMBERS, _NO_NUMBERS, _NO_VALUES, _NO_VALUES, _NO_VALUES, _NO_NUMBERS)
+
+
+def _joined(parts: Sequence[Entries]) -> Entries:
+    return Entries(*(torch.cat(column).cpu() for column in zip(*parts, strict=True)))
 
 
 class _Context:
@@ -183,7 +195,7 @@ class _Context:
             total += own.double().cpu()
         parts.contexts.append(self.mass.double().cpu())
         if self.entries:
-            parts.entries.append(Entries(*(torch.cat(column).cpu() for column in zip(*self.entries, strict=True))))
+            parts.entries.append(_joined(self.entries))
 
     def _add_row(self, row: Moves, context: int) -> None:
         features, others = row.features, row.others
@@ -194,9 +206,9 @@ class _Context:
         written = row.written * counted
         mass = written.abs()
         columns = mass @ self.weights[row.anchor, others]
-        # A feature stands once in a row, so no sum depends on an order.
-        self.sums.index_add_(0, features, columns)
-        self.through.index_add_(0, features, row.through(counted))
+        # A feature stands once in a row, so plain indexing adds (and is ten times faster than index_add_).
+        self.sums[features] += columns
+        self.through[features] += row.through(counted)
         total = mass.sum(1)
         if self.by_source:
             self.by_query[features, others] += mass
@@ -204,9 +216,9 @@ class _Context:
             self.signed[features, others] += written
         else:
             own_entropy = torch.special.xlogy(total, total) - torch.special.xlogy(mass, mass).sum(1)
-            self.mass.index_add_(0, features, total)
-            self.entropy.index_add_(0, features, own_entropy)
-            self.power.index_add_(0, features, written.sum(1).square())
+            self.mass[features] += total
+            self.entropy[features] += own_entropy
+            self.power[features] += written.sum(1).square()
         place = torch.full_like(features, row.anchor)
         partner = mass.argmax(1) + others.start
         other = columns[:, RELATIONS.index("other")]

@@ -168,6 +168,7 @@ class _ByDestination(Mover):
             parts = parts * pattern[:, destination, sources]
             size = (values * self.sizes[features])[:, None]
             total = parts.sum(1).clamp(min=0.0)
+            size = size * total.any(1, keepdim=True)  # what only the first token pushes up moves nothing
             written = total * (size / total.sum(1, keepdim=True).clamp(min=1e-30))
             yield Moves(context, destination, features, values, sources, written, _through_parts(parts, size))
 

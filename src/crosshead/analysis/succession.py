@@ -49,13 +49,13 @@ class SuccessionTexts(NamedTuple):
 
 
 def succession_texts(windows: int, items: int, seed: int) -> SuccessionTexts:
-    """``windows`` pairs of every family, ``items`` long."""
+    """``windows`` pairs of every family, ``items`` long; the same window comes with every separator."""
     generator = np.random.default_rng(seed)
     ordered, shuffled, families, first = [], [], [], ([], [])
     for family, names in FAMILIES.items():
+        starts = generator.permutation(len(names) if family in _CYCLIC else len(names) - items + 1)
         for window in range(windows):
-            last = len(names) if family in _CYCLIC else len(names) - items + 1
-            start = int(generator.integers(last))
+            start = int(starts[window // len(_SEPARATORS) % len(starts)])
             chosen = [names[(start + i) % len(names)] for i in range(items)]
             separator = _SEPARATORS[window % len(_SEPARATORS)]
             order = _disorder(items, generator)

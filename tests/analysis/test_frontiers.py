@@ -59,7 +59,7 @@ def test_a_finer_filling_changes_the_sum_by_less_than_two_in_a_thousand(monkeypa
     both = [record("both", l0, mse, flat) for l0, mse in ((40, 0.4), (130, 0.22), (250, 0.13), (390, 0.08))]
     usual = compare_with_sum(both, one, one).ratio
     monkeypatch.setattr("crosshead.analysis.frontiers._BETWEEN", 400)
-    monkeypatch.setattr("crosshead.analysis.resampling._DRAWS", 1)
+    monkeypatch.setattr("crosshead.analysis.frontiers._DRAWS", 1)
     assert compare_with_sum(both, one, one).ratio == pytest.approx(usual, rel=2e-3)
 
 

@@ -21,7 +21,7 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import BaseModel
 
-from crosshead.analysis.resampling import Interval, bootstrap_intervals, geometric_mean
+from crosshead.analysis.resampling import DRAWS, Interval, bootstrap_intervals, geometric_mean
 from crosshead.maths.frontier import Point, geometric_mean_ratio, log_interpolate, lower_envelope, overlap
 
 __all__ = ["Comparison", "Part", "compare_objectives", "compare_series", "compare_with_sum", "points_of", "sum_points"]
@@ -29,6 +29,7 @@ __all__ = ["Comparison", "Part", "compare_objectives", "compare_series", "compar
 Record = dict[str, Any]
 Range = tuple[float, float]
 _PARTS = ("low", "high")
+_DRAWS = DRAWS
 _BETWEEN = 48
 """Points filled in between two of a sweep: more changes the sum by less than 0.2%."""
 
@@ -183,7 +184,7 @@ def _compare(
     if ratios and n_contexts > 1:
         intervals = bootstrap_intervals(
             lambda seed, contexts: _ratios(first[1](seed, contexts), second[1](seed, contexts), ranges),
-            sorted(ratios), n_contexts,
+            sorted(ratios), n_contexts, _DRAWS,
         )  # fmt: skip
     means = [geometric_mean(of_seed[i] for of_seed in ratios.values()) for i in range(len(ranges))]
     whole, *parts = [Part(ratio=ratio, interval=interval, l0_range=part)

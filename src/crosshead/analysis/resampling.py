@@ -8,10 +8,10 @@ from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 
-__all__ = ["Interval", "bootstrap_intervals", "geometric_mean"]
+__all__ = ["DRAWS", "Interval", "bootstrap_intervals", "geometric_mean"]
 
 Interval = tuple[float, float]
-_DRAWS = 500
+DRAWS = 500
 
 
 def geometric_mean(values: Iterable[float | None]) -> float | None:
@@ -21,7 +21,10 @@ def geometric_mean(values: Iterable[float | None]) -> float | None:
 
 
 def bootstrap_intervals(
-    ratios: Callable[[int, np.ndarray], Sequence[float | None]], seeds: Sequence[int], n_contexts: int
+    ratios: Callable[[int, np.ndarray], Sequence[float | None]],
+    seeds: Sequence[int],
+    n_contexts: int,
+    draws: int = DRAWS,
 ) -> list[Interval | None]:
     """95% intervals of several ratios from the same draws.
 
@@ -30,7 +33,7 @@ def bootstrap_intervals(
     """
     generator = np.random.default_rng(0)
     drawn_ratios: list[list[float | None]] = []
-    for _ in range(_DRAWS):
+    for _ in range(draws):
         contexts = generator.integers(0, n_contexts, n_contexts)
         drawn = [int(seed) for seed in generator.choice(np.asarray(seeds), len(seeds))]
         of_seed = {seed: ratios(seed, contexts) for seed in set(drawn)}

@@ -91,7 +91,7 @@ def _order(key: _Key) -> tuple[str, float, int]:
 
 def _compare(key: _Key, first: Sequence[Record], second: Sequence[Record]) -> Setting | None:
     a, b = _by_run(first), _by_run(second)
-    described = key._asdict() | {"l0": (_mean_l0(first), _mean_l0(second))}
+    described: dict[str, Any] = {**key._asdict(), "l0": (_mean_l0(first), _mean_l0(second))}
     sweeps = compare_series(first, second)
     if sweeps.ratio is not None:
         return Setting(**described, matched="l0", ratio=sweeps.ratio, interval=sweeps.interval,

@@ -17,7 +17,7 @@ CONFIG = ReportConfig()
 
 @pytest.fixture(autouse=True)
 def _few_draws(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("crosshead.analysis.resampling._DRAWS", 20)
+    monkeypatch.setattr("crosshead.analysis.frontiers._DRAWS", 20)
     monkeypatch.setattr("crosshead.analysis.frontiers._BETWEEN", 8)
 
 

@@ -87,7 +87,7 @@ class PlantedSource(ActivationSource):
     ) -> dict[Site, Float[Tensor, "n *widths"]]:
         """See ``ActivationSource.rows``. ValueError for the planted site: it is planted context by context."""
         if self.planted in sites:
-            raise ValueError(f"site {self.planted} is planted and has no single rows; give nulls.runs without a control")
+            raise ValueError(f"site {self.planted} is planted and has no single rows; name runs without a control")
         return self.source.rows(split, contexts, positions, sites)
 
     @torch.no_grad()

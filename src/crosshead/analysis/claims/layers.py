@@ -1,5 +1,6 @@
 """Do attention features span layers? Two-layer value SAEs against sums of one-layer ones."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from crosshead.analysis.rules import (
@@ -11,6 +12,7 @@ from crosshead.analysis.rules import (
     decide,
     lies_below,
     objective_text,
+    of_series,
     ratio_text,
 )
 
@@ -49,9 +51,10 @@ def _pair(
     figures = [f"{label}: {ratio_text(c)}{objective_text(c)}"
                for label, c in zip(labels, comparisons, strict=False) if c is not None]  # fmt: skip
     verdict, reason = decide_layers(comparisons[0], held)
+    matched = of_series(metrics, controls["matched tokens"])
     texts = {
         "other contexts": "(i) Second layer's rows from other contexts",
-        "matched tokens": "(ii) from other contexts at the same current and previous token",
+        "matched tokens": f"(ii) from other contexts at the same current and previous token{_shares(matched)}",
         "shared input": "(iii) second layer's values recomputed from the first layer's input",
     }
     listed = "; ".join(f"{text}: " + ("not run" if (c := held[label]) is None else f"{ratio_text(c)}{objective_text(c)}")
@@ -69,6 +72,16 @@ def _pair(
         reason=reason,
         picture=picture,
         commands=commands(metrics, "report"),
+    )
+
+
+def _shares(matched: Sequence[Record]) -> str:
+    """How well the control's donors match on held-out contexts."""
+    shares = matched[0]["control_detail"] if matched else None
+    return (
+        ""
+        if shares is None
+        else f" where there is one ({shares['pair']:.0%} of positions; {shares['token']:.0%} the token)"
     )
 
 

@@ -22,7 +22,8 @@ Record = dict[str, Any]
 _LEVELS = (30, 60, 100, 160, 190)
 _FLAT = (
     "run", "series", "architecture", "layers", "target", "features", "heads_per_feature", "sparsity", "sparsity_value",
-    "seed", "control", "control_detail", "start", "learning_rate", "l0", "normalised_mse", "ce_recovered", "ce_recovered_zero", "dead_fraction", "n_tokens",
+    "seed", "control", "control_detail", "start", "learning_rate",
+    "l0", "normalised_mse", "ce_recovered", "ce_recovered_zero", "dead_fraction", "n_tokens",
     "parameters", "steps", "tokens_trained",
 )  # fmt: skip
 

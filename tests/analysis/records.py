@@ -20,8 +20,8 @@ def record(series: str, l0: float, mse: float, seed: int = 0, **other: Any) -> d
     return {
         "run": f"{series}-{l0:g}" + (f"-s{seed}" if seed else ""), "series": series, "family": "test",
         "architecture": "mtc", "layers": [17], "target": "attn_out", "features": 128, "heads_per_feature": "all",
-        "sparsity": {"kind": "topk", "k": int(l0)}, "sparsity_value": l0, "seed": seed, "control": "none", "control_detail": None,
-        "start": "value_maps", "learning_rate": 4e-3, "steps": 10,
+        "sparsity": {"kind": "topk", "k": int(l0)}, "sparsity_value": l0, "seed": seed, "control": "none",
+        "control_detail": None, "start": "value_maps", "learning_rate": 4e-3, "steps": 10,
         "tokens_trained": 1000, "parameters": 5, "l0": l0, "normalised_mse": mse, "ce_recovered": 0.8,
         "ce_recovered_zero": 0.9, "dead_fraction": 0.02, "n_tokens": 3000,
         "evaluation": {

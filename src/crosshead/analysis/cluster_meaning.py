@@ -51,8 +51,8 @@ def describe_clusters(
     if k < 2:
         return {}
     assigned = cluster_labels(vectors, k, config.seed)
-    holds = labels.holds[features]
-    records = enrichment(holds, labels.names, assigned)
+    holds, names = labels.holds[features, :-1], labels.names[:-1]  # without ``none``, which is no meaning
+    records = enrichment(holds, names, assigned)
     rows = module.decoder.detach().double().cpu().numpy()[features]
     dimensions = ov_dimensions(rows, _power(module, text)[features], assigned, config)
     skip_trigram = text.skip_trigram_share()

@@ -22,7 +22,8 @@ def nulls(stage: Stage) -> None:
     config = stage.section("nulls", NullConfig)
     evaluation = stage.section("evaluation", EvaluationConfig)
     device = stage.section("machine", Machine).prepare()
-    runs = [_read_run(stage, name) for name in config.runs]
+    runs = [run.model_copy(update={"seed": run.seed + config.seed_offset})
+            for run in (_read_run(stage, name) for name in config.runs)]  # fmt: skip
     layers = read_json(stage.data / "survey" / "layers.json")
     dictionaries = [run.dictionary_config(layers) for run in runs]
     home = stage.data / "runs" / config.teacher

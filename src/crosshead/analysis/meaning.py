@@ -309,8 +309,8 @@ def _induction_heads(study: _Study, survey: Sequence[Mapping[str, Any]], config:
             _head(places[m]) | {"share": float(shares[m]), "expected_share": float(expected[m])} for m in order
         ] if shares is not None else [],
         "survey_heads": [_head(places[m]) | {"score": scores[places[m]]} for m in heads],
-        "share_on_survey_heads": None if shares is None else float(shares[heads].sum()),
-        "expected_share": float(expected[heads].sum()),
+        "share_on_survey_heads": None if shares is None or not heads else float(shares[heads].sum()),
+        "expected_share": float(expected[heads].sum()) if heads else None,
     }  # fmt: skip
 
 

@@ -39,6 +39,8 @@ class NullConfig(BaseModel):
     """Trained Top-1 run whose prediction of the attention output is the planted truth."""
     runs: Annotated[tuple[str, ...], Field(min_length=1)]
     """Runs that are trained once more, on the planted target: Top-1 MTCs and ones with more heads."""
+    seed_offset: Annotated[int, Field(gt=0)] = 1_000
+    """Added to a run's seed: no student begins where its teacher did, which would favour it."""
 
     @field_validator("runs")
     @classmethod
@@ -177,15 +179,19 @@ def null_record(
     """What ``nulls.json`` holds.
 
     ``teacher_normalised_mse`` is on the real target; ``noise_share`` is the teacher's own error on the planted one, the
-    least that a student can reach. ``comparison`` sets the rows with more than one head per feature against the Top-1
-    rows at equal L0.
+    least that a student can reach. ``comparisons`` sets every series with more than one head per feature against the
+    Top-1 rows at equal L0.
     """
-    many = [row for row in rows if row["heads_per_feature"] != 1]
     one = [row for row in rows if row["heads_per_feature"] == 1]
+    series = dict.fromkeys(row["series"] for row in rows if row["heads_per_feature"] != 1)
+    found = {name: compare_series([row for row in rows if row["series"] == name], one) for name in series}
     return {
         "teacher": teacher,
         "teacher_normalised_mse": teacher_normalised_mse,
         "noise_share": noise_share,
         "rows": list(rows),
-        "comparison": compare_series(many, one).model_dump(mode="json"),
+        "comparisons": {
+            name: comparison.model_dump(mode="json") | {"n_seeds": len(comparison.seed_ratios)}
+            for name, comparison in found.items()
+        },
     }

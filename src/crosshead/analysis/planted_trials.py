@@ -124,7 +124,9 @@ def _null_ratio(
     work: Path,
 ) -> float:  # fmt: skip
     """The ratio where the Top-1 model's prediction, with its residuals from elsewhere, is the target."""
-    return _ratio(_pair(PlantedSource(cache, pair["top1"].module, seed), training, features, k, seed, work / "null"))
+    planted = PlantedSource(cache, pair["top1"].module, seed)
+    # Another seed than the teacher's: a student that begins where its teacher did would be favoured.
+    return _ratio(_pair(planted, training, features, k, seed + 1_000, work / "null"))
 
 
 def _moving(name: str, features: int, k: int) -> mtc.Config:
@@ -147,7 +149,9 @@ def _train(
         Batches(cache, "heldout", module.sites, size, seed, control),
         cache.weights(), training, seed=seed, work=work, identity=identity, description=work.name,
     )  # fmt: skip
-    heldout = Batches(cache, "heldout", module.sites, _EVALUATION.contexts_per_batch, seed, control)
+    # The control takes rows from contexts outside the batch.
+    size = min(_EVALUATION.contexts_per_batch, max(1, cache.n_contexts("heldout") // 2))
+    heldout = Batches(cache, "heldout", module.sites, size, seed, control)
     return _Trained(module, evaluate(module, heldout.all(), _EVALUATION))
 
 

@@ -13,7 +13,7 @@ ARCHITECTURES = {
     "mtc-resid": {"kind": "mtc", "layers": [1], "target": "resid_out", "input": "resid", "loadings_penalty": "l1"},
     "mtc-top2": {"kind": "mtc", "layers": [1], "heads_per_feature": 2, "loadings_penalty": "l2"},
     "mtc-fixed": {"kind": "mtc", "layers": [1], "heads_per_feature": 1, "assignment": "fixed"},
-    "joint_mtc": {"kind": "joint_mtc", "layers": [1]},
+    "joint_mtc": {"kind": "joint_mtc", "layers": [1], "heads_per_feature": 1},
     "joint_mtc-all": {
         "kind": "joint_mtc", "layers": [1], "target": "resid_out", "input": "resid", "heads_per_feature": "all",
     },

@@ -30,8 +30,8 @@ BASES = {
     },
     "mtc-random-l1": {"kind": "mtc", "layers": [2], "start": "random", "loadings_penalty": "l1"},
     "mtc-energy": {"kind": "mtc", "layers": [2], "start_tokens": "energy"},
-    "joint_mtc": {"kind": "joint_mtc", "layers": [2]},
-    "joint_mtc-all": {"kind": "joint_mtc", "layers": [2], "heads_per_feature": "all", "loadings_sign": "nonnegative"},
+    "joint_mtc": {"kind": "joint_mtc", "layers": [2], "heads_per_feature": 1},
+    "joint_mtc-all": {"kind": "joint_mtc", "layers": [2], "loadings_sign": "nonnegative"},
     "joint_mtc-resid": {
         "kind": "joint_mtc",
         "layers": [2],

@@ -2,8 +2,8 @@
 
 After Jermyn et al., Progress on Attention (2025): an SAE of the layer's input (``coupled``) and a second decoder with
 head loadings that predicts a transcoder's target from the SAE's activations. Theirs has one head per feature
-(``heads_per_feature: 1``); with ``all``, the SAE under a full MTC decoder, coupling is separated from superposition
-(design choice).
+(``heads_per_feature: 1``); with ``all``, the default as in ``mtc``, the SAE is under a full MTC decoder, which
+separates coupling from superposition (design choice).
 
     loss = ||x - x_hat||^2 + penalties of the SAE  +  ||y - y_hat(sg f)||^2          sg: no gradient
 
@@ -18,10 +18,9 @@ after the SAE's step instead of before it. Clipping the norm of the whole gradie
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Literal
+from typing import Literal
 
 import torch
-from pydantic import Field
 from torch import nn
 
 from crosshead.dictionaries.base import Batch, LayerWeights, Loss, ModelDims
@@ -37,8 +36,6 @@ class Config(MovingConfig):
     """Parameters of a joint SAE and multitoken transcoder."""
 
     kind: Literal["joint_mtc"] = "joint_mtc"  # pyright: ignore[reportIncompatibleVariableOverride]
-    heads_per_feature: Annotated[int, Field(gt=0)] | Literal["all"] = 1
-    """Every feature keeps this many of its movers (heads and identity): 1 is the source's, all the full MTC decoder."""
 
 
 class Module(Coupled, Moving):

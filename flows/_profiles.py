@@ -32,7 +32,7 @@ def derived_parameters(profile: str) -> str:
         own = read_sections(path).get("training", {}).get("engine", {})
         sections["training"]["engine"] |= {"costs": own["costs"]} if "costs" in own else {}
     note = {"evidence": _evidence, "gpu": _gpu}[profile](sections)
-    lines = [f"# {note}", "# Written by `make sync` from the root's params.yaml; change flows/sync.py instead."]
+    lines = [f"# {note}", "# Written by `make sync` from the root's params.yaml; change flows/_profiles.py instead."]
     for name, section in sections.items():
         entries = section.items() if isinstance(section, dict) and section else ()
         lines += [f"{name}:", *(f"  {key}: {_inline(value)}" for key, value in entries)] if entries else [
@@ -49,11 +49,11 @@ def _evidence(sections: Sections) -> str:
     sections["corpus"] |= {"heldout_contexts": 128}
     sections["harvest"]["sites"].append({"layer": "adjacent", "names": ["v", "v_shared_input"]})
     sections["evaluation"] |= {"splice_contexts": 4}
-    sections["clusters"] |= {"runs": [f"{series}-s{seed}" for series in ("mtc-wide-k60", "value-both-wide-c")
-                                      for seed in _SEEDS], "seeds": 2, "bootstraps": 1000}  # fmt: skip
-    sections["nulls"] = {"teacher": "top1-k110-s0",
-                         "runs": [f"{series}-k{k}-s{seed}" for series in ("mtc", "top1") for k in (60, 110)
-                                  for seed in _SEEDS]}  # fmt: skip
+    wide = [f"{series}-s{seed}" for series in ("mtc-wide-k60", "value-both-wide-c") for seed in _SEEDS]
+    sections["clusters"] |= {"runs": wide, "bootstraps": 1000}
+    null = [f"{series}-k{k}" for series in ("mtc", "top1") for k in _KS]
+    null += [f"mtc-penalty-{norm}-k{k}" for norm in ("l1", "l2") for k in (60, 110)]
+    sections["nulls"] = {"teacher": "top1-k110-s0", "runs": [f"{run}-s{seed}" for run in null for seed in _SEEDS]}
     sections["planted"] |= {
         "seeds": list(range(10)), "commit_seed": True,
         "questions": ["recovery", "superposition", "shared_layers", "toys", "phases"],
@@ -90,12 +90,13 @@ _VALUES: dict[str, tuple[list[str], Sections]] = {
     "value-first": (["first"], {}),
     "value-second": (["second"], {}),
     "value-both": (["first", "second"], {"features": 2048}),
-}
-_VALUE_CONTROLS: dict[str, tuple[list[str], Sections]] = {
+    "value-both-equal": (["first", "second"], {}),
     "value-both-control": (["first", "second"], {"features": 2048, "control": "other_contexts"}),
     "value-both-matched": (["first", "second"], {"features": 2048, "control": "matched_tokens"}),
     "value-both-shared": (["first", "second"], {"features": 2048, "control": "shared_input"}),
     "value-second-shared": (["second"], {"control": "shared_input"}),
+}
+_ADJACENT: dict[str, tuple[list[str], Sections]] = {
     "value-adjacent": (["adjacent"], {}),
     "value-near": (["first", "adjacent"], {"features": 2048}),
     "value-near-control": (["first", "adjacent"], {"features": 2048, "control": "other_contexts"}),
@@ -118,10 +119,10 @@ def _frontier_runs() -> Sections:
 
 
 def _value_runs() -> Sections:
-    """One layer, the other, both at three seeds; controls and the adjacent pair at one."""
+    """One layer, the other, both and the controls at three seeds; the adjacent pair at one."""
     runs: Sections = {}
     for seed in _SEEDS:
-        for series, (layers, own) in (_VALUES | (_VALUE_CONTROLS if seed == 0 else {})).items():
+        for series, (layers, own) in (_VALUES | (_ADJACENT if seed == 0 else {})).items():
             for letter, coefficient in _COEFFICIENTS.items():
                 runs[f"{series}-{letter}-s{seed}"] = _value(series, layers, coefficient, seed, own)
         wide = _value("value-both-wide", ["first", "second"], 1.0, seed, {"features": 4096})

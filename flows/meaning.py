@@ -30,7 +30,7 @@ def _subject(stage: Stage, run: str, device: str) -> Subject:
     directory = stage.data / "runs" / run
     module = load_dictionary(directory).to(device)
     live = torch.tensor(read_json(directory / "feature_counts.json")) > 0
-    return Subject(run, str(stage.sections["runs"][run].get("series", run)), module, live.numpy())
+    return Subject(run, module, live.numpy())
 
 
 if __name__ == "__main__":

@@ -44,7 +44,7 @@ def setting(tiny_model, tmp_path_factory):
         module = build(config, model.dims).train()
         batches = [cache.read("train", [0, 1, 2, 3], (*module.sites, *module.start_sites))]
         module.start_(batches, cache.weights(), torch.Generator().manual_seed(0))
-        subjects.append(Subject(name, f"{name}-series", module.eval(), np.arange(48) != 5))
+        subjects.append(Subject(name, module.eval(), np.arange(48) != 5))
     survey = [{"layer": layer, "head": head, "induction": 0.6 * (head == 2)} for layer in range(3) for head in range(4)]
     return subjects, cache, model, survey
 
@@ -63,7 +63,6 @@ def test_every_run_is_described(document):
     assert list(document["runs"]) == list(FORMS)
     for name, run in document["runs"].items():
         assert run["architecture"] == FORMS[name]["kind"]
-        assert run["series"] == f"{name}-series"
         assert run["n_live"] == 47
         assert set(run["labels"]) == {"induction", "previous_token", "duplicate_token", "same_position", "delimiter",
                                       "code", "succession", "none"}  # fmt: skip

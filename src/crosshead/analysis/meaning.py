@@ -89,7 +89,6 @@ class Subject(NamedTuple):
     """A trained dictionary."""
 
     name: str
-    series: str
     module: Dictionary
     live: NDArray[np.bool_]
     """[F], features that fired in the evaluation."""
@@ -253,7 +252,6 @@ def _features(study: _Study, contexts: _Contexts, survey: Sequence[Mapping[str, 
         n_features=config.examples_per_label, n_texts=config.texts_per_example)]  # fmt: skip
     return {
         "architecture": study.subject.module.config.kind,
-        "series": study.subject.series,
         "n_live": int(study.subject.live.sum()),
         "n_tokens": {"text": _n_counted(study.text), "repeated": _n_counted(study.repeated),
                      "lists": int(sum(int(counted.sum()) for counted in contexts.after_first_item))},

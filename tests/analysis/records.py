@@ -4,6 +4,8 @@ from typing import Any
 
 import numpy as np
 
+from crosshead.analysis.one_head import null_record
+
 NOISE = np.random.default_rng(0).uniform(0.8, 1.2, 12)
 
 
@@ -37,6 +39,12 @@ def record(series: str, l0: float, mse: float, seed: int = 0, **other: Any) -> d
     } | other  # fmt: skip
 
 
+def _of_two_layers(row: dict[str, Any]) -> dict[str, Any]:
+    """Twice the squares, and twice the weighted norm of codes."""
+    doubled = {key: [2 * x for x in row["evaluation"][key]] for key in ("context_squared_error", "context_variance")}
+    return row | {"evaluation": row["evaluation"] | doubled | {"l1": 2.0}}
+
+
 def documents(seeds=(0,), top1_factor: float = 1.1, both_factor: float = 0.9, p_value: float = 0.5) -> dict[str, Any]:
     """Arguments of ``collect``."""
     rows = []
@@ -50,7 +58,7 @@ def documents(seeds=(0,), top1_factor: float = 1.1, both_factor: float = 0.9, p_
                 rows.append(record(series, l0, 4 / l0, seed, **value))
             for series, factor in (("value-both", both_factor), ("value-both-equal", both_factor),
                                    ("value-both-control", 1.0)):  # fmt: skip
-                rows.append(record(series, 2 * l0, factor * 4 / l0, seed, **value, layers=[17, 23]))
+                rows.append(_of_two_layers(record(series, 2 * l0, factor * 4 / l0, seed, **value, layers=[17, 23])))
             rows.append(record("attn-out-sae", l0, 3 / l0, seed, **(value | {"architecture": "attn_out_sae"})))
     rows.append(record("heads2", 60, 0.09, heads_per_feature=2))
     rows.append(record("mtc-resid", 60, 0.2, target="resid_out"))
@@ -72,7 +80,7 @@ def documents(seeds=(0,), top1_factor: float = 1.1, both_factor: float = 0.9, p_
         "clusters": {"clusters": [{"source": s, "k": 64, "seed": 0} | fit for s in sources],
                      "sizes": [{"source": s, "k": 64, "seed": 0, "sizes": [9, 5, 2, 1, 0]} for s in sources],
                      "agreement": [{"source": "mtc-30", "k": 64, "adjusted_rand": 0.5}],
-                     "n_features": {"mtc-30": 120}, "bootstraps": 100},
+                     "n_features": {"mtc-30": 120}, "bootstraps": 100, "hdbscan": []},
         "audit": {"tolerance": 1e-4, "runs": [{"run": "mtc-30", "architecture": "mtc", "normalised_mse": 0.16,
                                                "recomputed": 0.16, "difference": 2e-8, "agrees": True,
                                                "heads_per_feature": "all", "target": "attn_out", "sparsity": "topk",
@@ -82,10 +90,14 @@ def documents(seeds=(0,), top1_factor: float = 1.1, both_factor: float = 0.9, p_
 
 def evidence() -> dict[str, Any]:
     """What the stages nulls, planted and meaning hand to ``collect``."""
-    spread = {"l0": 60.0, "seed": 0, "participation_ratio_mean": 1.1, "identity_share": 0.05, "n_tokens": 900}
-    ratio = {"ratio": 0.98, "interval": [0.97, 0.99], "l0_range": [30, 110], "n_seeds": 1, "n_sparsities": 2,
-             "n_tokens": 900, "n_contexts": 12}  # fmt: skip
-    side = {"median": 0.4, "interval": [0.3, 0.5], "shuffled": 0.02}
+    rows = [
+        record(series, k, factor * 5 / k, heads_per_feature=heads) | {
+            "k": k, "participation_ratio_mean": 1.1, "identity_share": 0.05
+        }
+        for series, factor, heads in (("mtc", 0.98, "all"), ("top1", 1.0, 1)) for k in (60, 110)
+    ]  # fmt: skip
+    side = {"median": 0.4, "interval": [0.3, 0.5], "shuffled": 0.02, "n_features": 50,
+            "bits": {"median": 0.3, "interval": [0.2, 0.4], "shuffled": 0.0}}  # fmt: skip
     labels = {"induction": {"count": 7, "expected": 0.5}, "succession": {"count": 1, "expected": 0.2}}
     heads = {
         "survey_heads": [{"layer": 17, "head": 3, "score": 0.8}],
@@ -96,7 +108,8 @@ def evidence() -> dict[str, Any]:
             "predictability": {"from": side, "to": side}, "induction_heads": heads,
             "examples": [{"feature": 5, "label": "induction", "texts": ["a | b [c] `d`\n e"]}]}  # fmt: skip
     cluster = {"run": "mtc-60", "k": 16, "cluster": 3, "size": 12}
-    correlation = {"rho": 0.4, "p_value": 0.1}
+    test = {"dip": 0.1, "p_value": 0.4, "n": 16, "power": 0.7}
+    correlation = {"rho": 0.4, "p_value": 0.1, "n": 16}
     planted = [
         {"question": "recovery", "layer": "one-head", "seed": 0, "architecture": "mtc", "share_recovered": 0.98,
          "cosine_encoder": 0.99, "cosine_decoder": 0.99, "cosine_loadings": 0.99, "heads_error": 0.1, "l0": 8.0,
@@ -111,17 +124,16 @@ def evidence() -> dict[str, Any]:
           for m in (0.0, 1.0) for n in (0.0, 0.5)),
     ]  # fmt: skip
     return {
-        "nulls": {"teacher": "top1-110", "teacher_normalised_mse": 0.1, "comparison": ratio,
-                  "rows": [{"run": f"{s}-{k}", "series": s, "normalised_mse": 5 / k} | spread | {"l0": float(k)}
-                           for s in ("mtc", "top1") for k in (60, 110)]},
+        "nulls": null_record("top1-110", 0.1, 0.1, rows),
         "planted": {"rows": planted, "seeds": [0], "commit_seed": None},
         "meaning": {
             "runs": dict.fromkeys(("mtc-60", "top1-60", "attn-out-sae-60"), read),
             "enrichment": [cluster | {"label": "induction", "n": 6, "expected": 0.7, "p_value": 1e-6, "q_value": 1e-4}],
-            "enrichment_summary": {"mtc-60": {"discoveries": 4, "expected_under_shuffle": 0.3}},
+            "enrichment_summary": {"mtc-60": {"discoveries": 4, "expected_under_shuffle": 0.3, "content_discoveries": 2,
+                                              "content_expected_under_shuffle": 0.1}},
             "ov_dimensions": [cluster | {"size": size, "effective_rank": 0.6 * size, "random_low": 0.7 * size,
                                          "random_mean": 0.8 * size, "random_high": 0.9 * size} for size in (4, 12, 40)],
             "size_correlations": {"mtc-60": {"induction": correlation, "skip_trigram": correlation}},
-            "modality": {"mtc-60": {"ov_dimension": {"dip": 0.1, "p_value": 0.4, "n": 16}, "loadings": None}},
+            "modality": {"mtc-60": {"loadings": None, "ov_dimension": test}},
         },
     }  # fmt: skip

@@ -6,6 +6,7 @@ from crosshead.analysis.claims.attention_output import decide_heads, decide_labe
 from crosshead.analysis.claims.clusters import decide_dimensions, decide_power_law, decide_semantic
 from crosshead.analysis.claims.coupling import decide_joint
 from crosshead.analysis.claims.layers import decide_layers
+from crosshead.analysis.claims.planted import decide_planted
 from crosshead.analysis.claims.superposition import decide_interpretability, decide_superposition
 from crosshead.analysis.findings import ReportConfig, collect
 from crosshead.analysis.rules import both_regimes, decide
@@ -41,42 +42,60 @@ def test_a_ratio_decides_with_its_whole_interval_and_enough_runs(comparison, ver
     assert decide(comparison).verdict == verdict
 
 
-ROBUST = {"settings": [{"setting": "x"}], "same_sign": True}
+ROBUST = {"settings": [{"setting": i} for i in range(18)], "unpaired": 0, "ratio_range": [0.85, 0.95]}
 
 
-def superposed(mtc=None, penalties=None, null=None, robust=ROBUST):
-    two = ratio(0.85, 0.92, n_sparsities=2)
-    return decide_superposition(mtc or ratio(0.85, 0.9), penalties or {"l1": two, "l2": two},
-                                ratio(0.97, 1.0) if null is None else null, robust).verdict  # fmt: skip
+def superposed(mtc=None, norms=None, null=None, robust=ROBUST, **nulls):
+    two, beaten = ratio(0.85, 0.92, n_sparsities=2), ratio(0.97, 1.0)
+    nulls = {"mtc": beaten if null is None else null, "l1": beaten, "l2": beaten} | nulls
+    return decide_superposition(mtc or ratio(0.85, 0.9), norms or {"l1": two, "l2": two}, nulls, robust, "mtc").verdict
 
 
 def test_superposition_needs_the_null_every_norm_and_every_setting():
     assert superposed() == "supports"
     assert superposed(null=ratio(0.88, 0.93)) == "inconclusive"
-    assert superposed(null=ratio(0.8, 0.9)) == "contradicts"
+    assert superposed(null=ratio(0.7, 0.95)) == "inconclusive"
+    assert superposed(null=ratio(0.7, 0.8)) == "contradicts"
+    assert superposed(null=ratio(0.97, 1.0, n_seeds=1)) == "inconclusive"
+    assert superposed(l2=ratio(0.88, 0.95)) == "inconclusive"
     assert superposed(mtc=ratio(1.1, 1.2)) == "inconclusive"
     assert superposed(mtc=ratio(0.85, 0.9, features=[[8], [16]])) == "inconclusive"
-    assert superposed(penalties={"l1": ratio(0.85, 0.92), "l2": None}) == "inconclusive"
-    assert superposed(penalties={"l1": ratio(0.95, 1.02), "l2": ratio(0.85, 0.92)}) == "inconclusive"
+    assert superposed(norms={"l1": ratio(0.85, 0.92), "l2": None}) == "inconclusive"
+    assert superposed(norms={"l1": ratio(0.95, 1.02), "l2": ratio(0.85, 0.92)}) == "inconclusive"
     assert superposed(robust=None) == "inconclusive"
-    assert superposed(robust=ROBUST | {"same_sign": False}) == "inconclusive"
-    assert decide_superposition(ratio(0.85, 0.9), {}, None, ROBUST).reason == "the one-head null was not run"
+    assert superposed(robust=ROBUST | {"settings": ROBUST["settings"][:6]}) == "inconclusive"
+    assert superposed(robust=ROBUST | {"ratio_range": [0.85, 1.01]}) == "inconclusive"
+    missing = decide_superposition(ratio(0.85, 0.9), {}, {}, ROBUST, "mtc")
+    assert missing.reason == "mtc: the one-head null was not run"
+
+
+def of_layers(comparison, **changes):
+    """The verdict with controls whose objectives are 1.0, 0.97 and 0.95."""
+    controls = {
+        "other contexts": ratio(0.8, 0.9, objective=[{"ratio": 1.0}]),
+        "matched tokens": ratio(0.97, 0.99, objective=[{"ratio": 0.97}]),
+        "shared input": ratio(0.92, 0.95, objective=[{"ratio": 0.95}]),
+    }
+    shares = {"pair": 0.5, "token": changes.pop("token", 0.4)}
+    controls |= {name.replace("_", " "): value for name, value in changes.items()}
+    return decide_layers(comparison, controls, [{"control_detail": shares}])
 
 
 def test_layers_need_a_gap_that_beats_every_control():
-    controls = {
-        "other contexts": ratio(0.99, 1.01),
-        "matched tokens": ratio(0.97, 0.99),
-        "shared input": ratio(0.92, 0.95),
-    }
-    assert decide_layers(ratio(0.85, 0.9), controls).verdict == "supports"
-    assert "shared input" in decide_layers(ratio(0.85, 0.93), controls).reason
-    assert "(ii)" in decide_layers(ratio(0.85, 0.9), controls | {"matched tokens": ratio(0.86, 0.9)}).reason
-    assert decide_layers(ratio(0.85, 0.9), controls | {"shared input": None}).verdict == "inconclusive"
-    assert (
-        "shows one of its own" in decide_layers(ratio(0.85, 0.9), controls | {"other contexts": ratio(0.8, 0.9)}).reason
-    )
-    assert decide_layers(ratio(1.1, 1.2), controls).verdict == "contradicts"
+    gap = [{"ratio": 0.9}]
+    assert of_layers(ratio(0.85, 0.9, objective=gap)).verdict == "supports"
+    assert "(iii)" in of_layers(ratio(0.85, 0.93, objective=gap)).reason
+    assert "(iii)" in of_layers(ratio(0.85, 0.9, objective=[{"ratio": 0.96}])).reason
+    beaten = ratio(0.86, 0.9, objective=[{"ratio": 0.97}])
+    assert "(ii)" in of_layers(ratio(0.85, 0.9, objective=gap), matched_tokens=beaten).reason
+    assert "no gap" in of_layers(ratio(0.85, 0.9, objective=[{"ratio": 0.99}])).reason
+    assert "matches a token at 60%" in of_layers(ratio(0.85, 0.9, objective=gap), token=0.1).reason
+    assert of_layers(ratio(0.85, 0.9, objective=gap), shared_input=None).verdict == "inconclusive"
+    one_seed = ratio(0.97, 0.99, n_seeds=1, objective=[{"ratio": 0.97}])
+    assert "1 seed of control (ii)" in of_layers(ratio(0.85, 0.9, objective=gap), matched_tokens=one_seed).reason
+    own_gap = ratio(0.8, 0.9, objective=[{"ratio": 0.95}])
+    assert "where no gap may remain" in of_layers(ratio(0.85, 0.9, objective=gap), other_contexts=own_gap).reason
+    assert of_layers(ratio(1.1, 1.2, objective=gap)).verdict == "contradicts"
 
 
 def test_joint_training_must_lose_at_low_and_at_high_l0_and_with_all_heads():
@@ -91,7 +110,7 @@ def test_joint_training_must_lose_at_low_and_at_high_l0_and_with_all_heads():
 
 
 def meant(low: float, high: float, seed: int):
-    side = {"median": (low + high) / 2, "interval": [low, high], "shuffled": 0.01}
+    side = {"bits": {"median": (low + high) / 2, "interval": [low, high], "shuffled": 0.01}, "n_features": 9}
     return {"seed": seed, "predictability": {"from": side, "to": side}, "breadth": None, "n_live": 9}
 
 
@@ -101,27 +120,29 @@ def test_interpretability_needs_separated_intervals_on_both_sides_at_every_seed(
     assert decide_interpretability([(b, a) for a, b in clear]).verdict == "contradicts"
     assert decide_interpretability(clear[:2]).verdict == "inconclusive"
     assert decide_interpretability([*clear[:2], (meant(0.3, 0.5, 2), meant(0.4, 0.6, 2))]).verdict == "inconclusive"
+    half = meant(0.5, 0.6, 2)
+    half["predictability"] = half["predictability"] | {"to": None}
+    assert decide_interpretability([*clear[:2], (half, clear[2][1])]).reason == "one side was not measured"
 
 
-def test_clusters_need_more_enrichment_than_shuffled_labels_and_induction():
-    clear = [(seed, {"discoveries": 12, "expected_under_shuffle": 0.5}) for seed in range(3)]
-    none = [(seed, {"discoveries": 1, "expected_under_shuffle": 0.5}) for seed in range(3)]
-    assert decide_semantic(clear, {"induction": 2}).verdict == "supports"
-    assert decide_semantic(clear, {"code": 2}).verdict == "inconclusive"
-    assert decide_semantic([*clear[:2], none[2]], {"induction": 2}).verdict == "inconclusive"
-    assert decide_semantic(none, {"induction": 2}).verdict == "contradicts"
-    assert decide_semantic(clear[:2], {"induction": 2}).verdict == "inconclusive"
+def test_clusters_need_more_enrichment_of_content_than_shuffled_labels_give():
+    clear = [(seed, {"content_discoveries": 12, "content_expected_under_shuffle": 0.5}) for seed in range(3)]
+    none = [(seed, {"content_discoveries": 1, "content_expected_under_shuffle": 0.5}) for seed in range(3)]
+    assert decide_semantic(clear).verdict == "supports"
+    assert decide_semantic([*clear[:2], none[2]]).verdict == "inconclusive"
+    assert decide_semantic(none).verdict == "contradicts"
+    assert decide_semantic(clear[:2]).verdict == "inconclusive"
 
 
-def test_one_mode_must_stand_or_fall_at_every_seed():
-    def tests(*values, n=64):
-        return [(seed, {"p_value": p, "n": n}) for seed, p in enumerate(values)]
+def test_one_mode_must_stand_or_fall_at_every_seed_with_power():
+    def tests(*values, power=0.9):
+        return [(seed, {"p_value": p, "power": power}) for seed, p in enumerate(values)]
 
     assert decide_dimensions(tests(0.5, 0.4, 0.9)).verdict == "supports"
-    assert decide_dimensions(tests(0.5, 0.4, 0.9, n=16)).verdict == "inconclusive"
+    assert decide_dimensions(tests(0.5, 0.4, 0.9, power=0.5)).verdict == "inconclusive"
     assert decide_dimensions(tests(0.001, 0.002, 0.0)).verdict == "contradicts"
     assert decide_dimensions(tests(0.001, 0.4, 0.9)).verdict == "inconclusive"
-    assert decide_dimensions(tests(0.5, 0.4, None)).verdict == "inconclusive"
+    assert decide_dimensions(tests(0.5, 0.4)).verdict == "inconclusive"
 
 
 def fits(sources, p_value: float, kind: str = ""):
@@ -129,10 +150,13 @@ def fits(sources, p_value: float, kind: str = ""):
             for source in sources for k in (64, 128, 256)]  # fmt: skip
 
 
-def power_law(data: float, null: float, bootstraps: int = 1000, seeds=(0, 1, 2)):
+def power_law(
+    data: float, null: float, bootstraps: int = 1000, seeds=(0, 1, 2), kinds=("shuffled", "gaussian", "sphere")
+):
     sources = [f"mtc-{seed}" for seed in seeds]
     metrics = {"frontier": [{"run": f"mtc-{seed}", "seed": seed} for seed in seeds], "cluster_bootstraps": bootstraps}
-    return decide_power_law(metrics, sources, fits(sources, data), fits(sources, null, "/shuffled")).verdict
+    nulls = [fit for kind in kinds for fit in fits(sources, null, f"/{kind}")]
+    return decide_power_law(metrics, sources, fits(sources, data), nulls).verdict
 
 
 def test_a_power_law_needs_data_that_pass_and_nulls_that_do_not():
@@ -141,6 +165,31 @@ def test_a_power_law_needs_data_that_pass_and_nulls_that_do_not():
     assert power_law(0.01, 0.5) == "contradicts"
     assert power_law(0.5, 0.01, bootstraps=100) == "inconclusive"
     assert power_law(0.5, 0.01, seeds=(0, 1)) == "inconclusive"
+    assert power_law(0.5, 0.01, kinds=("shuffled", "gaussian")) == "inconclusive"
+
+
+def planted_rows(mtc=0.98, top1=0.1, superposed=True, seeds=(0, 1, 2)):
+    rows = []
+    for seed in seeds:
+        for layer in ("one-head", "superposed"):
+            for name, share in (("mtc", mtc), ("top1", mtc if layer == "one-head" else top1)):
+                rows.append({"question": "recovery", "seed": seed, "layer": layer, "architecture": name,
+                             "share_recovered": share})  # fmt: skip
+            rows.append(
+                {"question": "superposition", "layer": layer, "superposed": superposed == (layer != "one-head")}
+            )
+        rows.append({"question": "shared_layers", "layers": "other_contexts", "found": False})
+        rows.append({"question": "toys", "superposed": True})
+    return rows
+
+
+def test_instruments_must_find_what_was_planted_and_call_it_what_it_is():
+    assert decide_planted(planted_rows()).verdict == "supports"
+    assert decide_planted(planted_rows(mtc=0.9)).verdict == "inconclusive"
+    assert decide_planted(planted_rows(top1=0.7)).verdict == "inconclusive"
+    assert decide_planted(planted_rows(superposed=False)).verdict == "inconclusive"
+    assert decide_planted(planted_rows(mtc=0.3)).verdict == "contradicts"
+    assert decide_planted(planted_rows(seeds=(0,))).verdict == "inconclusive"
 
 
 def test_attention_output_needs_both_kinds_and_induction_features_their_heads():
@@ -165,24 +214,22 @@ def test_attention_output_needs_both_kinds_and_induction_features_their_heads():
 
 def heads(null: float | None, spread: float = 2.0, dose=(1.2, 1.1, 1.05)):
     """The verdict on heads per feature; ``dose``: errors with 1, 2 and 4 movers over that with all."""
-    arguments = documents((0, 1, 2))
+    arguments, norms = documents((0, 1, 2)), ("mtc", "mtc-penalty-l1", "mtc-penalty-l2")
     rows = [r for r in arguments["records"] if r["series"] not in ("heads2", "heads4", "top1", "mtc")]
     for seed in (0, 1, 2):
-        for series in ("mtc", "mtc-penalty-l1", "mtc-penalty-l2"):
-            rows.append(record(series, 60, 0.1, seed))
+        rows += [record(series, 60, 0.1, seed) for series in norms]
         for series, factor, m in zip(("top1", "heads2", "heads4"), dose, (1, 2, 4), strict=True):
             rows.append(record(series, 60, 0.1 * factor, seed, heads_per_feature=m))
     for row in rows:
-        if row["evaluation"]["superposition"] is not None and row["series"].startswith("mtc"):
-            row["evaluation"]["superposition"] = row["evaluation"]["superposition"] | {
-                "participation_ratio_mean": spread
-            }
-    nulls = None if null is None else {"teacher": "t", "teacher_normalised_mse": 0.1, "comparison": None,
-                                       "rows": [{"series": "mtc", "participation_ratio_mean": null}]}  # fmt: skip
-    found = judge(
-        collect(**arguments | {"records": rows, "nulls": nulls}, profile="test", config=CONFIG, inputs={}), CONFIG
+        if row["evaluation"]["superposition"] is not None and row["series"] in norms:
+            row["evaluation"]["superposition"] |= {"participation_ratio_mean": spread}
+    planted = [{"series": name, "k": 60, "participation_ratio_mean": null} for name in norms]
+    nulls = (
+        None if null is None else {"teacher": "t", "teacher_normalised_mse": 0.1, "comparisons": {}, "rows": planted}
     )
-    return next(f.verdict for f in found if f.key == "heads-per-feature")
+    arguments |= {"records": rows, "nulls": nulls}
+    metrics = collect(**arguments, profile="test", config=CONFIG, inputs={})
+    return next(f.verdict for f in judge(metrics, CONFIG) if f.key == "heads-per-feature")
 
 
 def test_heads_per_feature_must_exceed_the_nulls_and_the_dose_response_fall():

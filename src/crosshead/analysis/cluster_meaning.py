@@ -19,12 +19,14 @@ from crosshead.analysis.enrichment import (
 )
 from crosshead.analysis.labels import FeatureLabels
 from crosshead.analysis.moved import Moved
+from crosshead.analysis.relations import POSITIONAL
 from crosshead.maths.unimodality import unimodality
 
 __all__ = ["describe_clusters"]
 
 Record = dict[str, Any]
 Floats = NDArray[np.float64]
+_DRAWS_OF_POWER = 50
 
 
 def describe_clusters(
@@ -53,6 +55,8 @@ def describe_clusters(
     assigned = cluster_labels(vectors, k, config.seed)
     holds, names = labels.holds[features, :-1], labels.names[:-1]  # without ``none``, which is no meaning
     records = enrichment(holds, names, assigned)
+    content = [i for i, name in enumerate(names) if name not in POSITIONAL]
+    of_content = enrichment(holds[:, content], [names[i] for i in content], assigned)
     rows = module.decoder.detach().double().cpu().numpy()[features]
     dimensions = ov_dimensions(rows, _power(module, text)[features], assigned, config)
     skip_trigram = text.skip_trigram_share()
@@ -62,6 +66,8 @@ def describe_clusters(
             "discoveries": sum(record["q_value"] <= config.false_discovery_rate for record in records),
             "expected_under_shuffle": shuffled_discoveries(holds, assigned, config),
             "tests": len(records),
+            "content_discoveries": sum(record["q_value"] <= config.false_discovery_rate for record in of_content),
+            "content_expected_under_shuffle": shuffled_discoveries(holds[:, content], assigned, config),
         },
         "ov_dimensions": [{"k": k} | record for record in dimensions],
         "size_correlations": {
@@ -81,10 +87,29 @@ def _power(module: Any, text: Moved) -> Floats:
 
 
 def _modality(vectors: Floats, dimensions: Sequence[Record], simulations: int, seed: int) -> Record:
-    """Dip tests: log OV dimension of clusters, and the features' first principal loading coordinate."""
-    ranks = np.array([record["effective_rank"] for record in dimensions])
+    """Dip tests: OV dimension of clusters, and the features' first principal loading coordinate.
+
+    The OV dimension is the logarithm of the effective rank over that of random sets as large, because rank grows with
+    size. Its ``power`` is the share of two-mode samples of the same size that the test rejects at 5%: half of the
+    clusters four times as high as the others, each half spread as widely as the clusters of the real dictionary are
+    around their median, at most by a factor of 1.5.
+    """
+    ratios = np.array([record["effective_rank"] / record["random_mean"] for record in dimensions
+                       if record["effective_rank"] > 0 and record["random_mean"] > 0])  # fmt: skip
     centred = vectors - vectors.mean(0)
     first = centred @ np.linalg.eigh(centred.T @ centred)[1][:, -1]
-    found = {"ov_dimension": np.log(ranks[ranks > 0]), "loadings": first}
+    found = {"ov_dimension": np.log(ratios), "loadings": first}
     tests = {name: unimodality(sample, simulations, seed) for name, sample in found.items()}
-    return {name: None if test is None else dict(test._asdict()) for name, test in tests.items()}
+    records = {name: None if test is None else dict(test._asdict()) for name, test in tests.items()}
+    if records["ov_dimension"] is not None:
+        records["ov_dimension"]["power"] = _power_for_two_modes(found["ov_dimension"], simulations, seed)
+    return records
+
+
+def _power_for_two_modes(sample: Floats, simulations: int, seed: int) -> float:
+    spread = min(float(np.median(np.abs(sample - np.median(sample)))) * 1.4826, float(np.log(1.5)))
+    generator = np.random.default_rng(seed)
+    step = np.log(4.0) * (np.arange(len(sample)) % 2)
+    tests = [unimodality(step + spread * generator.standard_normal(len(sample)), simulations, seed)
+             for _ in range(_DRAWS_OF_POWER)]  # fmt: skip
+    return sum(test is not None and test.p_value <= 0.05 for test in tests) / _DRAWS_OF_POWER

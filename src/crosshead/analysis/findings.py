@@ -109,6 +109,7 @@ def collect(
         "clusters": clusters["clusters"],
         "cluster_agreement": clusters["agreement"],
         "cluster_features": clusters["n_features"],
+        "cluster_hdbscan": clusters["hdbscan"],
         "cluster_bootstraps": clusters["bootstraps"],
         "nulls": nulls,
         "planted": planted,

@@ -3,6 +3,7 @@
 A verdict is ``inconclusive`` unless its rule is met. One trained dictionary never decides, nor does one seed.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -22,6 +23,7 @@ __all__ = [
     "commands",
     "decide",
     "lies_below",
+    "objective",
     "objective_text",
     "of_series",
     "ratio_text",
@@ -72,10 +74,10 @@ class Decision(NamedTuple):
     reason: str
 
 
-def decide(comparison: Record | None) -> Decision:
+def decide(comparison: Record | None, sparsities: int = SPARSITIES_TO_DECIDE) -> Decision:
     """Of a ratio of errors: below 1 with its whole interval and enough runs supports; above 1 likewise contradicts.
 
-    Enough: three seeds or more, four sparsities or more in both sweeps, equal tokens.
+    Enough: three seeds or more, ``sparsities`` or more in both sweeps (two for ablations), equal tokens.
     """
     if comparison is None:
         return Decision("inconclusive", "these sweeps were not run")
@@ -84,8 +86,8 @@ def decide(comparison: Record | None) -> Decision:
     if (few := too_few(comparison["n_seeds"])) is not None:
         return few
     n_points = comparison["n_sparsities"]
-    if n_points < SPARSITIES_TO_DECIDE:
-        return Decision("inconclusive", f"{n_points} sparsities in a sweep; the rule asks for {SPARSITIES_TO_DECIDE}")
+    if n_points < sparsities:
+        return Decision("inconclusive", f"{n_points} sparsities in a sweep; the rule asks for {sparsities}")
     if not comparison["equal_tokens"]:
         return Decision("inconclusive", "the sweeps were trained on different numbers of tokens")
     low, high = comparison["interval"]
@@ -112,8 +114,6 @@ def lies_below(first: Record, second: Record) -> bool:
 
 def separated(first: Record, second: Record) -> int:
     """-1 where the first median's interval lies below the second's, 1 where above, 0 where they meet."""
-    if first["interval"] is None or second["interval"] is None:
-        return 0
     if first["interval"][1] < second["interval"][0]:
         return -1
     return int(first["interval"][0] > second["interval"][1])
@@ -152,6 +152,12 @@ def ratio_text(comparison: Record) -> str:
     seeds = f"{comparison['n_seeds']} seed{'s' if comparison['n_seeds'] > 1 else ''}"
     sample = f"{comparison['n_tokens']:,} held-out tokens in {comparison['n_contexts']} contexts, {seeds}"
     return f"normalised MSE ratio {comparison['ratio']:.3f} ({interval}){where}; {sample}"
+
+
+def objective(comparison: Record) -> float | None:
+    """Geometric mean of the objective ratios over coefficients and seeds; None where no L1 run was compared."""
+    ratios = [row["ratio"] for row in comparison["objective"]]
+    return math.exp(sum(map(math.log, ratios)) / len(ratios)) if ratios else None
 
 
 def objective_text(comparison: Record) -> str:

@@ -20,6 +20,7 @@ __all__ = [
 ]
 
 Record = dict[str, Any]
+_APART = ("-settings", "-wide")  # other trainings or sizes: no point of a frontier
 
 
 def head_map(survey: Sequence[Record], layers: Mapping[str, int], path: Path) -> None:
@@ -51,6 +52,7 @@ def mtc_frontier(frontier: Sequence[Record], references: Record, path: Path) -> 
     with mpl.rc_context(STYLE):
         figure, axes = frontier_axes(f"Multitoken transcoders, attention output of layer {references['layer']}")
         rows = [r for r in frontier if r["architecture"] == "mtc" and r["target"] == "attn_out"]
+        rows = [r for r in rows if not r["series"].endswith(_APART)]
         for i, series in enumerate(dict.fromkeys(r["series"] for r in rows)):
             own = points_of(rows, series)
             single = len(own) == 1

@@ -10,6 +10,8 @@ __all__ = ["decide_dimensions", "decide_power_law", "decide_semantic", "findings
 _ALPHA = 0.1  # Clauset, Shalizi and Newman's bar for ruling a power law out
 _BOOTSTRAPS_TO_DECIDE = 1000
 _SIZES_TO_DECIDE = 3  # values of k
+_NULLS = ("shuffled", "gaussian", "sphere")
+_POWER = 0.8
 
 
 def findings(metrics: Record, config: Any) -> list[Finding | None]:
@@ -42,44 +44,45 @@ def _semantic(metrics: Record, config: Any) -> Finding | None:
                if run in rows and rows[run]["series"] == config.mtc}  # fmt: skip
     if not summary:
         return None
-    enriched = [e for e in metrics["meaning"]["enrichment"] if e["run"] in summary and e["q_value"] <= 0.05]
     labels: dict[str, int] = {}
-    for e in enriched:
-        labels[e["label"]] = labels.get(e["label"], 0) + 1
-    listed = ", ".join(f"{label} {n}" for label, n in sorted(labels.items(), key=lambda item: -item[1])) or "none"
+    for e in metrics["meaning"]["enrichment"]:
+        if e["run"] in summary and e["q_value"] <= 0.05:
+            labels[e["label"]] = labels.get(e["label"], 0) + 1
+    listed = ", ".join(
+        f"{label.replace('_', ' ')} {n}" for label, n in sorted(labels.items(), key=lambda item: -item[1])
+    )
     first = next(iter(summary))
-    verdict, reason = decide_semantic([(rows[run]["seed"], found) for run, found in summary.items()], labels)
+    verdict, reason = decide_semantic([(rows[run]["seed"], found) for run, found in summary.items()])
     return Finding(
         key="clusters-semantic",
         title="Clusters and meaning",
         claim="Clusters in head-loading space are semantically meaningful: induction, delimiters, code.",
         figure=f"{sum(s['discoveries'] for s in summary.values())} enriched pairs of cluster and label at a false discovery "
-        f"rate of 5% in {len(summary)} MTC{'s' if len(summary) > 1 else ''} ({listed}); "
-        f"{metrics['meaning']['runs'][first]['n_live']:,} live features in {first}.",
-        control="Labels shuffled among features: "
-        + ", ".join(f"{s['expected_under_shuffle']:.1f} expected for {run}" for run, s in summary.items()) + ".",
+        f"rate of 5% in {len(summary)} MTC{'s' if len(summary) > 1 else ''} ({listed or 'none'}), "
+        f"{sum(s['content_discoveries'] for s in summary.values())} of them in labels of content (delimiter, code, "
+        f"succession); {metrics['meaning']['runs'][first]['n_live']:,} live features in {first}.",
+        control="Labels shuffled among features, all and of content: " + ", ".join(
+            f"{s['expected_under_shuffle']:.1f} and {s['content_expected_under_shuffle']:.1f} expected for {run}"
+            for run, s in summary.items()) + ".",
         verdict=verdict,
-        rule=f"Supports when every MTC of {SEEDS_TO_DECIDE} seeds or more has at least {COHERENT_LIFT:g} times the pairs "
-        f"that shuffled labels give (counting at least one) and induction is among the enriched labels.",
+        rule="Labels of position (induction among them) follow from the loadings that are clustered, so labels of content "
+        f"decide. Supports when every MTC of {SEEDS_TO_DECIDE} seeds or more has at least {COHERENT_LIFT:g} times the pairs "
+        "that shuffled labels give (counting at least one), contradicts when none has.",
         reason=reason,
         picture=None,
         commands=commands(metrics, "meaning", "report"),
     )  # fmt: skip
 
 
-def decide_semantic(summaries: Sequence[tuple[int, Record]], labels: dict[str, int]) -> Decision:
-    """``summaries``: seed and ``{discoveries, expected_under_shuffle}`` of every MTC."""
-    seeds = {seed for seed, _ in summaries}
-    if (few := too_few(len(seeds))) is not None:
+def decide_semantic(summaries: Sequence[tuple[int, Record]]) -> Decision:
+    """``summaries``: seed and ``{content_discoveries, content_expected_under_shuffle}`` of every MTC."""
+    if (few := too_few(len({seed for seed, _ in summaries}))) is not None:
         return few
-    enough = [s["discoveries"] >= COHERENT_LIFT * max(1.0, s["expected_under_shuffle"]) for _, s in summaries]
-    if all(enough) and labels.get("induction", 0):
-        return Decision("supports", "many more enriched clusters than shuffled labels give, induction among them")
-    if not any(enough):
-        return Decision("contradicts", "no more enriched clusters than shuffled labels give")
-    return Decision(
-        "inconclusive", "not at every seed" if labels.get("induction", 0) else "induction is not among them"
-    )
+    enough = [s["content_discoveries"] >= COHERENT_LIFT * max(1.0, s["content_expected_under_shuffle"])
+              for _, s in summaries]  # fmt: skip
+    if all(enough):
+        return Decision("supports", "many more enriched clusters than shuffled labels give, at every seed")
+    return Decision("inconclusive" if any(enough) else "contradicts", f"enough at {sum(enough)} of {len(enough)}")
 
 
 # ---- OV dimensions ----
@@ -107,13 +110,13 @@ def _dimensions(metrics: Record, config: Any) -> Finding | None:
         key="ov-dimension",
         title="OV dimension",
         claim="Attention features have no preferred OV dimensions: clusters form a continuum rather than discrete families.",
-        figure=f"OV dimensions of {len(own)} clusters of {shown}: test for one mode (dip) p "
-        f"{modality[shown]['p_value']:.2f} ({modality[shown]['n']} clusters).{sizes}",
+        figure=f"OV dimensions of {len(own)} clusters of {shown}, over those of random sets as large: test for one mode "
+        f"(dip) p {modality[shown]['p_value']:.2f}, power {modality[shown]['power']:.0%} for two modes a factor of 4 apart "
+        f"({modality[shown]['n']} clusters).{sizes}",
         control=f"Size-matched random sets of features: {outside} of {len(own)} clusters lie outside their 95% range.",
         verdict=verdict,
         rule=f"Contradicts when one mode is rejected at 5% (Bonferroni over dictionaries) at {SEEDS_TO_DECIDE} seeds or "
-        "more; supports when it is rejected at none of as many, each with 30 clusters or more; absence of evidence is "
-        f"all the claim says.",
+        f"more; supports when it is rejected at none of as many and each test has a power of {_POWER:.0%}.",
         reason=reason,
         picture="ov_dimensions.png",
         commands=commands(metrics, "meaning", "report"),
@@ -121,30 +124,29 @@ def _dimensions(metrics: Record, config: Any) -> Finding | None:
 
 
 def decide_dimensions(tests: Sequence[tuple[int, Record]]) -> Decision:
-    """``tests``: seed and ``{p_value, n}`` of every MTC's test for one mode."""
-    seeds = {seed for seed, test in tests if test["p_value"] is not None}
-    if (few := too_few(len(seeds))) is not None:
+    """``tests``: seed and ``{p_value, power}`` of every MTC's test for one mode."""
+    if (few := too_few(len({seed for seed, _ in tests}))) is not None:
         return few
-    known = [test for _, test in tests if test["p_value"] is not None]
-    rejected = [test["p_value"] < 0.05 / len(known) for test in known]
+    rejected = [test["p_value"] < 0.05 / len(tests) for _, test in tests]
     if all(rejected):
         return Decision("contradicts", "one mode is rejected at every seed")
     if any(rejected):
-        return Decision("inconclusive", f"one mode is rejected in {sum(rejected)} of {len(known)}")
-    if any(test["n"] < 30 for test in known):
-        return Decision("inconclusive", "fewer than 30 clusters in a test")
-    return Decision("supports", "one mode is rejected nowhere")
+        return Decision("inconclusive", f"one mode is rejected in {sum(rejected)} of {len(tests)}")
+    weakest = min(test["power"] for _, test in tests)
+    if weakest < _POWER:
+        return Decision("inconclusive", f"the test would see two modes in {weakest:.0%} of samples only")
+    return Decision("supports", "one mode is rejected nowhere, with power to see two")
 
 
 # ---- power laws ----
 
 
 def _power_law(metrics: Record, series: str, sources: Sequence[str]) -> Finding:
-    fits = [c for c in metrics["clusters"] if c["source"] in sources and c["alpha"] is not None]
-    nulls = [c for c in metrics["clusters"] if c["source"].split("/")[0] in sources and "/" in c["source"]
-             and c["alpha"] is not None]  # fmt: skip
+    every = [c for c in metrics["clusters"] if c["source"] in sources]
+    null_fits = [c for c in metrics["clusters"] if c["source"].split("/")[0] in sources and "/" in c["source"]]
+    fits, nulls = ([c for c in some if c["alpha"] is not None] for some in (every, null_fits))
     n = ", ".join(f"{metrics['cluster_features'][source]:,}" for source in sources)
-    verdict, reason = decide_power_law(metrics, sources, fits, nulls)
+    verdict, reason = decide_power_law(metrics, sources, every, null_fits)
     return Finding(
         key=f"power-law-{series}",
         title=f"Power law of {series}",
@@ -152,9 +154,9 @@ def _power_law(metrics: Record, series: str, sources: Sequence[str]) -> Finding:
         figure=f"{', '.join(sources)}: {n} live features, {_fit_text(fits)}.",
         control=f"{_null_text(nulls)}.",
         verdict=verdict,
-        rule=f"Supports when no fit of {SEEDS_TO_DECIDE} trained dictionaries at {_SIZES_TO_DECIDE} values of k "
+        rule=f"Supports when no fit of {SEEDS_TO_DECIDE} trained dictionaries at {_SIZES_TO_DECIDE} values of k each "
         f"({_BOOTSTRAPS_TO_DECIDE:,} bootstraps) is ruled out at p <= {_ALPHA} or beaten by a rival, while every kind of "
-        f"null is; contradicts when most fits are; where data and nulls do alike nothing is learned.",
+        "null is; contradicts when most fits are; where data and nulls do alike nothing is learned.",
         reason=reason,
         picture=f"clusters_{sources[0]}.png",
         commands=commands(metrics, "cluster", "report"),
@@ -187,8 +189,9 @@ def decide_power_law(
     seeds = {row["seed"] for row in metrics["frontier"] if row["run"] in sources}
     if (few := too_few(len(seeds))) is not None:
         return few
-    if len({c["k"] for c in fits}) < _SIZES_TO_DECIDE:
-        return Decision("inconclusive", f"fits at {len({c['k'] for c in fits})} values of k")
+    fewest = min(len({c["k"] for c in fits if c["source"] == source}) for source in sources)
+    if fewest < _SIZES_TO_DECIDE:
+        return Decision("inconclusive", f"fits at {fewest} values of k")
     if metrics["cluster_bootstraps"] < _BOOTSTRAPS_TO_DECIDE:
         return Decision("inconclusive", f"{metrics['cluster_bootstraps']:,} bootstraps")
     share = sum(rejected(c) for c in fits) / len(fits)
@@ -197,7 +200,9 @@ def decide_power_law(
     by_kind: dict[str, list[bool]] = {}
     for c in nulls:
         by_kind.setdefault(c["source"].split("/")[1], []).append(rejected(c))
-    if share == 0 and by_kind and all(all(found) for found in by_kind.values()):
+    if any(kind not in by_kind for kind in _NULLS):
+        return Decision("inconclusive", "a kind of null was not run")
+    if share == 0 and all(all(found) for found in by_kind.values()):
         return Decision("supports", "no fit is ruled out, and those of every null are")
     alike = [kind for kind, found in by_kind.items() if sum(found) / len(found) <= max(share, 0.5)]
     if alike:
@@ -206,7 +211,9 @@ def decide_power_law(
 
 
 def rejected(fit: Record) -> bool:
-    """Whether a fit is ruled out by its p-value or beaten by a rival at 5%."""
+    """Whether a fit is ruled out by its p-value, beaten by a rival at 5%, or not to be had at all."""
+    if fit["alpha"] is None:
+        return True
     beaten = any(r["ratio"] < 0 and r["p_value"] < 0.05 for r in fit["likelihood_ratios"].values())
     return fit["p_value"] <= _ALPHA or beaten
 

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from crosshead.analysis.claims.superposition import decide_interpretability, matched_meaning
+from crosshead.analysis.claims.superposition import decide_interpretability, matched_meaning, meaning_text
 from crosshead.analysis.rules import (
     Decision,
     Finding,
@@ -85,7 +85,7 @@ def decide_joint(top1: Record, full: Record | None) -> Decision:
         return Decision(
             "inconclusive", "the joint SAE + full MTC was not run, so coupling and superposition are not separated"
         )
-    other = decide(full | {"n_sparsities": 4 if full["n_sparsities"] >= 2 else full["n_sparsities"]})
+    other = decide(full, sparsities=2)
     if other.verdict != found.verdict:
         return Decision("inconclusive", f"Top-1: {found.reason}; all heads: {other.reason}")
     return Decision(found.verdict, f"Top-1: {found.reason}; all heads: {other.reason}")
@@ -102,8 +102,8 @@ def _interpretability(metrics: Record, config: Any) -> Finding | None:
         title="QK/OV coupling, interpretability",
         claim="SAE features moved through a single-head MTC decoder attend more broadly or are more polysemantic than the "
         "features of a Top-1 MTC.",
-        figure=f"{_read(joint)}.",
-        control=f"{_read(top1)}.",
+        figure=f"{meaning_text(joint)}.",
+        control=f"{meaning_text(top1)}.",
         verdict=verdict,
         rule="Supports when the joint model's features are less predictable from two tokens on both sides at three "
         "seeds or more.",
@@ -111,11 +111,3 @@ def _interpretability(metrics: Record, config: Any) -> Finding | None:
         picture=None,
         commands=commands(metrics, "meaning", "report"),
     )
-
-
-def _read(found: Record) -> str:
-    sides = ", ".join(f"moved {side} {value['median']:.3f}" for side, value in found["predictability"].items()
-                      if value is not None)  # fmt: skip
-    breadth = found["breadth"]
-    broad = f"; attends over {breadth['median']:.1f} tokens" if breadth else ""
-    return f"{found['run']}: average precision {sides}{broad} ({found['n_live']:,} live features)"

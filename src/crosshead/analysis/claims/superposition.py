@@ -19,9 +19,10 @@ from crosshead.analysis.rules import (
     too_few,
 )
 
-__all__ = ["findings"]
+__all__ = ["decide_interpretability", "decide_superposition", "findings", "matched_meaning", "meaning_text"]
 
 _NEAR_L0 = 60
+_SETTINGS = 18  # three starts, three learning rates, two lengths
 
 
 def findings(metrics: Record, config: Any) -> list[Finding | None]:
@@ -41,69 +42,93 @@ def _superposition(metrics: Record, config: Any) -> Finding | None:
     comparison = metrics["comparisons"].get("mtc_over_top1")
     if comparison is None:
         return None
-    penalties = {name: metrics["comparisons"].get(f"{name}_over_top1") for name in config.mtc_penalties}
-    null = (metrics["nulls"] or {}).get("comparison")
-    verdict, reason = decide_superposition(comparison, penalties, null, metrics["robustness"])
-    held = "not run" if null is None else f"{ratio_text(null)}, of a Top-1 teacher that explains all but " \
-        f"{metrics['nulls']['teacher_normalised_mse']:.3f} of the variance"  # fmt: skip
+    norms = {name: metrics["comparisons"].get(f"{name}_over_top1") for name in config.mtc_penalties}
+    nulls = (metrics["nulls"] or {}).get("comparisons", {})
+    robustness = metrics["robustness"]
+    verdict, reason = decide_superposition(comparison, norms, nulls, robustness, config.mtc)
+    held = "not run"
+    if config.mtc in nulls:
+        held = (f"{ratio_text(nulls[config.mtc])}, of a Top-1 teacher that explains all but "
+                f"{metrics['nulls']['teacher_normalised_mse']:.3f} of the variance")  # fmt: skip
+    others = "".join(f" {name} over Top-1: {ratio_text(other)}; its null: "
+                     + (ratio_text(nulls[name]) if name in nulls else "not run") + "."
+                     for name, other in norms.items() if other is not None)  # fmt: skip
     return Finding(
         key="superposition",
         title="Attention superposition",
         claim="Binding every MTC feature to a single attention head (Top-1) makes the reconstruction worse, which "
         "speaks for attention features spread over heads.",
-        figure=f"MTC over Top-1: {ratio_text(comparison)}.",
+        figure=f"MTC over Top-1: {ratio_text(comparison)}.{others}{_robustness_text(robustness)}",
         control=f"Top-1 from the same start with the same learning rates, {budget_text(comparison)}; the linear Top-1 "
         f"reference is drawn. One-head null (the same comparison where one head per feature is the planted truth): {held}.",
         verdict=verdict,
-        rule=f"Supports when the interval of the ratio lies below 1 and below that of the one-head null, with "
-        f"{SEEDS_TO_DECIDE} seeds or more, at equal tokens and features, under every norm of head loadings, with the same "
-        f"sign for every start, learning rate and length tried.",
+        rule="Supports when the interval of the ratio lies below 1 and below that of the one-head null, with "
+        f"{SEEDS_TO_DECIDE} seeds or more, at equal tokens and features, under every norm of head loadings against its own "
+        f"null, and the MTC is ahead in all of {_SETTINGS} settings of start, learning rate and length. Contradicts when the "
+        "null's interval lies below.",
         reason=reason,
         picture="mtc_frontier.png",
         commands=commands(metrics, "nulls", "report"),
     )
 
 
+def _robustness_text(robustness: Record | None) -> str:
+    if robustness is None or robustness["ratio_range"] is None:
+        return ""
+    low, high = robustness["ratio_range"]
+    return (f" Over {len(robustness['settings'])} settings of start, learning rate and length at one sparsity and seed: "
+            f"{low:.3f} to {high:.3f}.")  # fmt: skip
+
+
 def decide_superposition(
     comparison: Record,
-    penalties: Mapping[str, Record | None],
-    null: Record | None,
+    norms: Mapping[str, Record | None],
+    nulls: Mapping[str, Record],
     robustness: Record | None,
+    mtc: str,
 ) -> Decision:
-    """A smaller error must beat the one-head null and hold under every norm; a larger one decides nothing."""
+    """A smaller error must beat the one-head null, under every norm; a larger one decides nothing.
+
+    ``norms`` and ``nulls`` are comparisons with Top-1 by series; the null of ``mtc`` is among the latter.
+    """
     found = decide(comparison)
     if found.verdict == "inconclusive":
         return found
-    if len({tuple(features) for features in comparison["features"]}) > 1:
-        return Decision("inconclusive", "the sweeps have different numbers of features")
     if found.verdict == "contradicts":
         return Decision(
             "inconclusive", "an MTC can be any Top-1 MTC, so one that loses was trained badly: find out why first"
         )
-    for name, other in penalties.items():
-        if other is None:
-            return Decision("inconclusive", f"{name} was not compared; the rule asks for every norm of head loadings")
-        if (own := decide_penalty(other)).verdict != "supports":
-            return Decision("inconclusive", f"{name}: {own.reason}")
-    if null is None:
-        return Decision("inconclusive", "the one-head null was not run")
-    if not lies_below(comparison, null):
-        if null["interval"] is not None and comparison["interval"][0] >= null["interval"][0]:
-            return Decision(
-                "contradicts", "the one-head null shows as large a gain, so the gain needs no spread features"
-            )
-        return Decision("inconclusive", "the interval meets that of the one-head null")
-    if robustness is None or not robustness["settings"]:
-        return Decision("inconclusive", "no other start, learning rate or length was tried")
-    if not robustness["same_sign"]:
-        return Decision("inconclusive", "the sign changes with start, learning rate or length")
+    for name, own in {mtc: comparison, **norms}.items():
+        against = _against_null(name, own, nulls.get(name))
+        if against is not None:
+            return against
+    if robustness is None or len(robustness["settings"]) < _SETTINGS or robustness["unpaired"]:
+        n_settings = 0 if robustness is None else len(robustness["settings"])
+        return Decision("inconclusive", f"{n_settings} settings of start, rate and length were tried of {_SETTINGS}")
+    if robustness["ratio_range"][1] >= 1:
+        return Decision("inconclusive", "the MTC is not ahead at every start, learning rate and length")
     return Decision("supports", f"{found.reason} and below the null's, under every norm and setting")
 
 
-def decide_penalty(comparison: Record) -> Decision:
-    """As ``decide``, with two sparsities: the other norms are ablations."""
-    return decide(comparison | {"n_sparsities": max(comparison["n_sparsities"], 4) if comparison["n_sparsities"] >= 2
-                                else comparison["n_sparsities"]})  # fmt: skip
+def _against_null(name: str, comparison: Record | None, null: Record | None) -> Decision | None:
+    """What keeps one norm from beating its null; None where it does."""
+    if comparison is None:
+        return Decision("inconclusive", f"{name} was not compared; the rule asks for every norm of head loadings")
+    if (own := decide(comparison, sparsities=2)).verdict != "supports":
+        return Decision("inconclusive", f"{name}: {own.reason}")
+    if len({tuple(features) for features in comparison["features"]}) > 1:
+        return Decision("inconclusive", f"{name}: the sweeps have different numbers of features")
+    if null is None:
+        return Decision("inconclusive", f"{name}: the one-head null was not run")
+    if (few := too_few(null["n_seeds"], " of the null")) is not None:
+        return few
+    if lies_below(null, comparison):
+        return Decision(
+            "contradicts", f"{name}: the one-head null shows a larger gain, so the gain needs no spread features"
+        )
+    if not lies_below(comparison, null):
+        return Decision("inconclusive", f"{name}: the interval meets that of the one-head null")
+    return None
 
 
 # ---- heads per feature ----
@@ -144,36 +169,40 @@ def _heads(metrics: Record, config: Any) -> Finding | None:
     )
 
 
-def _null_ratios(metrics: Record, config: Any) -> list[float]:
+def _null_rows(metrics: Record, series: str) -> list[Record]:
     rows = (metrics["nulls"] or {}).get("rows", [])
-    return [r["participation_ratio_mean"] for r in rows
-            if r["series"] == config.mtc and r["participation_ratio_mean"] is not None]  # fmt: skip
+    return [r for r in rows if r["series"] == series and r["participation_ratio_mean"] is not None]
 
 
 def _null_spread(metrics: Record, config: Any) -> str:
-    ratios = _null_ratios(metrics, config)
+    ratios = [r["participation_ratio_mean"] for r in _null_rows(metrics, config.mtc)]
     return f"{min(ratios):.2f} to {max(ratios):.2f}" if ratios else "not run"
 
 
 def _decide_heads(metrics: Record, config: Any) -> Decision:
-    null = _null_ratios(metrics, config)
-    if not null:
-        return Decision("inconclusive", "the one-head null was not run")
-    ratios: list[float] = []
+    above: list[bool] = []
     for name in (config.mtc, *config.mtc_penalties):
-        own = [r["superposition"]["participation_ratio_mean"] for r in of_series(metrics, name) if r["superposition"]]
-        seeds = {r["seed"] for r in of_series(metrics, name)}
-        if not own:
+        rows = [r for r in of_series(metrics, name) if r["superposition"]]
+        if not rows:
             return Decision("inconclusive", f"{name} was not run; the rule asks for every norm of head loadings")
-        if (few := too_few(len(seeds), f" of {name}")) is not None:
+        if (few := too_few(len({r["seed"] for r in rows}), f" of {name}")) is not None:
             return few
-        ratios += own
-    if max(ratios) <= min(null):
-        return Decision("contradicts", f"at most {max(ratios):.2f} heads, no more than in the null")
-    if min(ratios) <= max(null):
-        return Decision("inconclusive", f"{min(ratios):.2f} to {max(ratios):.2f} heads meet the null's range")
+        null = _null_rows(metrics, name)
+        shared = {r["sparsity_value"] for r in rows} & {float(r["k"]) for r in null}
+        if not shared:
+            return Decision("inconclusive", f"the one-head null of {name} was not run")
+        for k in shared:
+            real = [r["superposition"]["participation_ratio_mean"] for r in rows if r["sparsity_value"] == k]
+            planted = [r["participation_ratio_mean"] for r in null if float(r["k"]) == k]
+            above.append(min(real) > max(planted))
+            if max(real) <= min(planted):
+                return Decision("contradicts", f"{name} at k={k:g}: no more heads than in the null")
+    if not all(above):
+        return Decision("inconclusive", f"above the null at {sum(above)} of {len(above)} norms and sparsities")
     falls, why = _dose_response(metrics, config)
-    return Decision("supports" if falls else "inconclusive", f"{min(ratios):.2f} heads or more everywhere; {why}")
+    return Decision(
+        "supports" if falls else "inconclusive", f"more heads than the null at every norm, seed, sparsity; {why}"
+    )
 
 
 def _dose_response(metrics: Record, config: Any) -> tuple[bool, str]:
@@ -182,8 +211,8 @@ def _dose_response(metrics: Record, config: Any) -> tuple[bool, str]:
     errors = {name: {(r["seed"], r["sparsity_value"]): r["normalised_mse"] for r in of_series(metrics, name)}
               for name in names}  # fmt: skip
     shared = set.intersection(*(set(own) for own in errors.values()))
-    if not shared:
-        return False, "no sparsity at which one, few and all movers were trained"
+    if len({seed for seed, _ in shared}) < SEEDS_TO_DECIDE:
+        return False, "one, few and all movers were not trained at three seeds"
     means = [sum(errors[name][key] for key in shared) / len(shared) for name in names]
     falls = all(a > b for a, b in pairwise(means))
     return falls, "the dose-response " + ("falls throughout" if falls else "does not fall throughout")
@@ -204,7 +233,7 @@ def _top1_interpretability(metrics: Record, config: Any) -> Finding | None:
     pairs = matched_meaning(metrics, config.mtc, config.top1)
     if not pairs:
         return None
-    shown = [text for mtc, top1 in pairs[:1] for text in (_meaning_text(mtc), _meaning_text(top1))]
+    shown = [text for mtc, top1 in pairs[:1] for text in (meaning_text(mtc), meaning_text(top1))]
     verdict, reason = decide_interpretability(pairs)
     return Finding(
         key="top1-interpretability",
@@ -213,8 +242,8 @@ def _top1_interpretability(metrics: Record, config: Any) -> Finding | None:
         figure=f"{shown[0]}.",
         control=f"{shown[1]}.",
         verdict=verdict,
-        rule="Interpretability as numbers: held-out average precision with which two tokens predict where a feature "
-        "moves from and to, over that of shuffled firings, and breadth of attention. Supports when Top-1 is less "
+        rule="Interpretability as numbers: the share of the bits of a feature's firing, where it moves from and where it "
+        "moves to, that two tokens explain on held-out contexts, and breadth of attention. Supports when Top-1 is less "
         f"predictable on both sides at {SEEDS_TO_DECIDE} seeds or more, contradicts when more on both; breadth is reported "
         f"beside it.",
         reason=reason,
@@ -237,19 +266,17 @@ def matched_meaning(metrics: Record, first: str, second: str) -> list[tuple[Reco
     return [(by_setting[first][key], by_setting[second][key]) for key in shared]
 
 
-def _meaning_text(found: Record) -> str:
-    parts = [
-        f"{found['run']}: average precision "
-        + ", ".join(
-            f"moved {side} {value['median']:.3f} ({value['interval'][0]:.3f} to {value['interval'][1]:.3f}; shuffled "
-            f"{value['shuffled']:.3f})"
-            for side, value in found["predictability"].items()
-            if value is not None
-        )
-    ]
-    if found["breadth"] is not None:
-        parts.append(f"attends over {found['breadth']['median']:.1f} tokens (median)")
-    return "; ".join(parts) + f" ({found['n_live']:,} live features)"
+def meaning_text(found: Record) -> str:
+    """Predictability and breadth of one dictionary's features in words."""
+    sides = ", ".join(
+        f"moved {side} {value['bits']['median']:.1%} of bits ({value['bits']['interval'][0]:.1%} to "
+        f"{value['bits']['interval'][1]:.1%}; shuffled {value['bits']['shuffled']:.1%}; {value['n_features']} features)"
+        for side, value in found["predictability"].items()
+        if value is not None
+    )
+    breadth = found["breadth"]
+    broad = "" if breadth is None else f"; attends over {breadth['median']:.1f} tokens (median)"
+    return f"{found['run']}: {sides}{broad}"
 
 
 def decide_interpretability(pairs: Sequence[tuple[Record, Record]]) -> Decision:
@@ -257,9 +284,10 @@ def decide_interpretability(pairs: Sequence[tuple[Record, Record]]) -> Decision:
     seeds = {first["seed"] for first, _ in pairs}
     if (few := too_few(len(seeds))) is not None:
         return few
-    sides = [separated(second["predictability"][side], first["predictability"][side])
-             for first, second in pairs for side in ("from", "to")
-             if first["predictability"][side] is not None and second["predictability"][side] is not None]  # fmt: skip
+    if any(each["predictability"][side] is None for pair in pairs for each in pair for side in ("from", "to")):
+        return Decision("inconclusive", "one side was not measured")
+    sides = [separated(second["predictability"][side]["bits"], first["predictability"][side]["bits"])
+             for first, second in pairs for side in ("from", "to")]  # fmt: skip
     if sides and all(side == -1 for side in sides):
         return Decision("supports", "less predictable on both sides at every seed")
     if sides and all(side == 1 for side in sides):

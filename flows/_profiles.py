@@ -58,7 +58,7 @@ def _evidence(sections: Sections) -> str:
         "seeds": list(range(10)), "commit_seed": True,
         "questions": ["recovery", "superposition", "shared_layers", "toys", "phases"],
     }  # fmt: skip
-    labelled = ("mtc-k60", "top1-k60", "joint-top1-k60", "attn-out-k60")
+    labelled = ("mtc-k60", "top1-k60", "joint-top1-k60", "sae-best-head-k60", "attn-out-k60")
     named = [f"{series}-s{seed}" for series in labelled for seed in _SEEDS]
     sections["meaning"] |= {"runs": [*named, "value-both-c-s0"]}
     sections["runs"] = _frontier_runs() | _value_runs() | _ablations() | _settings(sections["training"])

@@ -228,6 +228,22 @@ def test_a_value_feature_is_moved_by_every_head_that_reads_it():
 
 
 @torch.no_grad()
+def test_a_feature_goes_through_its_best_head_of_each_context():
+    module, found = measure("sae_best_head/topk")
+    expected = torch.zeros(24)
+    for batch in BATCHES:
+        codes = module.encode(batch)
+        f, best = codes.to_dense().view(*batch.mask.shape, -1), module.best_heads(codes, batch)
+        for i in range(24):
+            for c, head in enumerate(best[:, i].tolist()):
+                size = (module.values()[head, i] @ module.W_O[head]).norm() * module.gains[head].abs()
+                pattern = batch[Site(2, "pattern")][c, head] * batch.mask[c, :, None]
+                expected[i] += (pattern @ f[c, :, i]).sum() * size * module.target_scale
+    assert found.mass.sum() > 0
+    np.testing.assert_allclose(found.mass, expected, rtol=1e-4, atol=1e-7)
+
+
+@torch.no_grad()
 def test_a_value_sae_without_any_pattern_leaves_its_features_where_they_are():
     module, _ = ready("value_sae-two/topk")
     mover = mover_of(module, weights(), lambda layer: False)
@@ -250,5 +266,5 @@ def test_queries_that_are_left_out_move_nothing():
 def test_an_unknown_architecture_is_refused():
     module, _ = ready("attn_out_sae/topk")
     object.__setattr__(module, "config", type("Config", (), {"kind": "clt"})())
-    with pytest.raises(ValueError, match="architecture 'clt'; name runs of an MTC"):
+    with pytest.raises(ValueError, match="architecture 'clt'; name runs of another one"):
         mover_of(module, weights())

@@ -6,6 +6,7 @@ active at one position, w other positions.
 - A multitoken transcoder moves f_i(s) by P_i(t, s) and writes P_i(t, s) f_i(s) ||d_i||: anchored at the source s.
 - A value SAE's feature is moved by every head that reads it, P_i(t, s) = sum_h ||W_O^h d_i|| A_h(t, s); only layers
   whose pattern is known move anything, and with none of them a feature stays where it is.
+- An SAE through its best head moves a feature by one head per context, writing gain * ||S_i V_h W_O^h||.
 - An attention-output SAE reads f_i(t) off the heads' sum, which splits exactly over heads and keys (direct feature
   attribution, after Kissane et al. 2024): a_hi(t, s) = A_h(t, s) v_h(s) . u_hi, u_hi the encoder seen through W_O^h.
   f_i(t) ||d_i|| is shared out over keys in proportion to the positive part of sum_h a_hi(t, s): anchored at t.
@@ -58,9 +59,9 @@ class Mover(ABC):
     moves_between_positions: bool = True
     """Whether anything but the identity moves features."""
 
-    def __init__(self, module: Any):
+    def __init__(self, module: Any, sizes: Float[Tensor, " F"]):
         self.module = module
-        self.sizes = module.decoder.detach().norm(dim=1)
+        self.sizes = sizes.detach()
 
     @property
     def n_features(self) -> int:
@@ -105,14 +106,17 @@ class _BySource(Mover):
     anchored = "source"
 
     def __init__(self, module: Any, loadings: Float[Tensor, "F M"], sizes: Float[Tensor, " F"], layers: list[int]):
-        super().__init__(module)
-        self.loadings, self.sizes = loadings.detach(), sizes.detach()
+        super().__init__(module, sizes)
+        self.loadings = loadings.detach()
         self.patterns = tuple(Site(layer, "pattern") for layer in layers)
         self.movers = [IDENTITY, *((layer, head) for layer in layers for head in range(module.dims.n_heads))]
         self.sites = tuple(dict.fromkeys((*module.sites, *self.patterns)))
         self.moves_between_positions = bool(layers)
 
     def rows(self, batch: Batch, context: int, active: Active) -> Iterator[Moves]:
+        return self._moved(batch, context, active, self.loadings)
+
+    def _moved(self, batch: Batch, context: int, active: Active, all_loadings: Float[Tensor, "F M"]) -> Iterator[Moves]:
         n_positions = batch.mask.shape[1]
         heads = [batch[site][context].to(self.loadings) for site in self.patterns]
         columns = torch.cat(heads).permute(2, 0, 1).contiguous() if heads else None  # [s, heads, t]
@@ -120,7 +124,7 @@ class _BySource(Mover):
             features, values = active.at(context * n_positions + source)
             if not len(features):
                 continue
-            loadings = self.loadings[features] * (values * self.sizes[features])[:, None]
+            loadings = all_loadings[features] * (values * self.sizes[features])[:, None]
             if columns is None:
                 column = loadings.new_zeros(0, n_positions - source)
             else:
@@ -129,6 +133,24 @@ class _BySource(Mover):
             written[:, 0] += loadings[:, 0]
             yield Moves(context, source, features, values, slice(source, n_positions), written,
                         _through_loadings(loadings, column))  # fmt: skip
+
+
+class _ByBestHead(_BySource):
+    """Features of an SAE, each moved by one head that is chosen anew in every context."""
+
+    def __init__(self, module: Any):
+        written = [(v @ w_o).norm(dim=1) for v, w_o in zip(module.values(), module.W_O, strict=True)]
+        self.through_head = (torch.stack(written, dim=1) * module.gains * module.target_scale).detach()
+        nothing = torch.zeros(len(self.through_head), module.dims.n_heads + 1).to(self.through_head)
+        super().__init__(module, nothing, torch.ones_like(self.through_head[:, 0]), [module.layer])
+
+    @torch.no_grad()
+    def contexts(self, batch: Batch) -> Iterator[Iterator[Moves]]:
+        codes = self.module.encode(batch)
+        active, best_BF = Active.of(codes), self.module.best_heads(codes, batch)
+        for context, best in enumerate(best_BF[:, :, None]):
+            own = self.loadings.scatter(1, best + 1, self.through_head.gather(1, best))
+            yield self._moved(batch, context, active, own)
 
 
 def _through_loadings(loadings: Tensor, column: Tensor) -> Callable[[Tensor], Tensor]:
@@ -144,7 +166,7 @@ class _ByDestination(Mover):
     anchored = "destination"
 
     def __init__(self, module: Any, readers: Float[Tensor, "F H E"]):
-        super().__init__(module)
+        super().__init__(module, module.decoder.norm(dim=1))
         layer = module.config.layers[0]
         self.readers = readers.detach()
         self.pattern, self.value = Site(layer, "pattern"), Site(layer, "v")
@@ -200,10 +222,12 @@ def mover_of(
             return _BySource(module, torch.ones_like(found.decoder[:, :1]), found.decoder.norm(dim=1), [])
         ones = torch.ones_like(found.decoder[:, 0])
         return _BySource(module, torch.cat([torch.zeros_like(moved[:, :1]), moved], dim=1), ones, layers)
+    if hasattr(module, "best_heads"):
+        return _ByBestHead(module)
     if hasattr(module.config, "per_head"):
         return _ByDestination(module, _readers(found, weights))
     raise ValueError(f"nothing is known of what moves the features of the architecture {module.config.kind!r}; "
-                     "name runs of an MTC, a value SAE or an attention-output SAE in meaning.runs")  # fmt: skip
+                     "name runs of another one in meaning.runs")  # fmt: skip
 
 
 def _readers(module: Any, weights: Mapping[int, LayerWeights]) -> Float[Tensor, "F H E"]:

@@ -27,6 +27,8 @@ def _best_head(metrics: Record, config: Any) -> Finding | None:
     if comparison is None:
         return None
     verdict, reason = decide(comparison)
+    read = matched_meaning(metrics, config.mtc, config.best_head)
+    beside = "".join(f" {meaning_text(each)}." for each in (read[0] if read else ()))
     return Finding(
         key="coupling-best-head",
         title="QK/OV coupling, SAE through its best head",
@@ -34,7 +36,7 @@ def _best_head(metrics: Record, config: Any) -> Finding | None:
         "most in a context, because where and what are coupled.",
         figure=f"MTC over SAE through its best head: {ratio_text(comparison)}.",
         control=f"The SAE chooses its head anew in every context, which the MTC cannot; the MTC may use several. "
-        f"{budget_text(comparison)}.",
+        f"{budget_text(comparison)}. Features on the same contexts:{beside or ' not described.'}",
         verdict=verdict,
         rule="Supports when the interval lies below 1 at four sparsities and three seeds.",
         reason=reason,

@@ -39,11 +39,11 @@ class LabelConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    induction: Share = 0.3
+    induction: Share = 0.5
     """Of mass at repeated tokens: from the token after the earlier occurrence."""
     previous_token: Share = 0.5
     """Of mass: from the token before."""
-    duplicate_token: Share = 0.3
+    duplicate_token: Share = 0.5
     """Of mass at repeated tokens: from the earlier occurrence itself."""
     same_position: Share = 0.5
     """Of mass: not moved at all."""

@@ -226,13 +226,18 @@ def _draw_loadings(
     return normalize(centre + config.mixing * config.jitter * noise, dim=1).T
 
 
-def _apart(directions: Float[Tensor, "A d"], steps: int = 200, rate: float = 0.5) -> Float[Tensor, "A d"]:
-    """Unit directions with their fourth-power overlaps reduced: more directions than dimensions, none nearly equal."""
+def _apart(directions: Float[Tensor, "A d"], steps: int = 100) -> Float[Tensor, "A d"]:
+    """Unit directions, orthogonal where there are dimensions enough, else a nearly tight frame of small overlaps.
+
+    In a tight frame the best linear reading of a direction is along it, so an encoder has one right answer.
+    """
     directions = normalize(directions, dim=1)
     for _ in range(steps):
         overlap = directions @ directions.T
         overlap.fill_diagonal_(0.0)
-        directions = normalize(directions - rate * overlap**3 @ directions, dim=1)
+        directions = normalize(directions - 0.5 * overlap**3 @ directions, dim=1)
+        U, _sizes, V = torch.linalg.svd(directions, full_matrices=False)
+        directions = normalize(U @ V, dim=1)
     return directions
 
 

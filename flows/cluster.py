@@ -17,14 +17,15 @@ def cluster(stage: Stage) -> None:
     """Analyse the loadings of every run that ``clusters.runs`` names, and of their nulls."""
     config = stage.section("clusters", ClusterConfig)
     cache = open_cache(stage)
-    merged: dict[str, Any] = {"clusters": [], "sizes": [], "agreement": [], "n_features": {}}
+    merged: dict[str, Any] = {"clusters": [], "sizes": [], "agreement": [], "hdbscan": [], "n_features": {}}
+    merged["bootstraps"] = config.bootstraps
     for run in config.runs:
         if run not in stage.sections["runs"]:
             raise ValueError(f"{stage.source}: clusters.runs names {run!r}, which is not under runs; correct it")
         module = load_dictionary(stage.data / "runs" / run)
         live = torch.tensor(read_json(stage.data / "runs" / run / "feature_counts.json")) > 0
         found = analyse_loadings(run, _loadings(module, cache, run), live.numpy(), config)
-        for key in ("clusters", "sizes", "agreement"):
+        for key in ("clusters", "sizes", "agreement", "hdbscan"):
             merged[key] += found[key]
         merged["n_features"] |= found["n_features"]
     with atomic_directory(stage.data / "clusters") as directory:

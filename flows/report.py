@@ -3,11 +3,13 @@
 from pathlib import Path
 from typing import Any
 
-from crosshead.analysis.findings import ReportConfig, collect, judge
+from crosshead.analysis.findings import ReportConfig, collect
 from crosshead.analysis.frontiers import sum_points
+from crosshead.analysis.verdicts import judge
 from crosshead.io.files import atomic_directory, read_json, write_json, write_text
-from crosshead.reporting import figures
-from crosshead.reporting.render import render_html, render_markdown
+from crosshead.reporting import evidence, figures
+from crosshead.reporting.page import render_html
+from crosshead.reporting.render import render_markdown
 from flows._runtime import Stage, main
 
 
@@ -28,6 +30,9 @@ def report(stage: Stage) -> None:
         references=read_json(stage.data / "references" / "references.json"),
         clusters=clusters,
         audit=read_json(stage.data / "audit" / "audit.json"),
+        nulls=read_json(stage.data / "nulls" / "nulls.json"),
+        planted=read_json(stage.data / "planted" / "planted.json"),
+        meaning=read_json(stage.data / "meaning" / "meaning.json"),
         inputs={path.stem: read_json(path) for path in sorted(Path(stage.sections["paths"]["inputs"]).glob("*.json"))},
     )
     findings = judge(metrics, config)
@@ -56,12 +61,31 @@ def _draw(metrics: dict[str, Any], records: list[Any], clusters: Any, config: Re
                   for series in config.one_layer)  # fmt: skip
     labels = ("two layers, equal total features", "two layers, equal features each")
     series: dict[str, str] = dict(zip(config.two_layer, labels, strict=False))
-    series[config.two_layer_control] = "control: second layer from other contexts"
+    series[config.two_layer_control] = "control (i): second layer from other contexts"
+    series[config.two_layer_matched] = "control (ii): the same at equal tokens"
+    series[config.two_layer_shared] = "control (iii): second layer computed from the first one's input"
     sums = [(point.l0, point.mse) for point in sum_points(one, other)]
     figures.value_frontier(frontier, sums, series, directory / "value_frontier.png")
     for source in metrics["cluster_features"]:
         path = directory / f"clusters_{source}.png"
         figures.cluster_sizes(source, clusters["sizes"], clusters["clusters"], path)
+    _draw_evidence(metrics, config, directory)
+
+
+def _draw_evidence(metrics: dict[str, Any], config: ReportConfig, directory: Path) -> None:
+    frontier = metrics["frontier"]
+    coupling = {config.mtc: "MTC", config.top1: "Top-1 MTC", config.joint_mtc: "joint SAE + MTC",
+                config.joint_top1: "joint SAE + Top-1", config.best_head: "SAE through its best head"}  # fmt: skip
+    if any(row["series"] in (config.joint_mtc, config.joint_top1, config.best_head) for row in frontier):
+        figures.coupling_frontier(frontier, coupling, directory / "coupling_frontier.png")
+    evidence.one_head_null(
+        frontier, metrics["nulls"]["rows"], (config.mtc, config.top1), directory / "one_head_null.png"
+    )
+    if metrics["meaning"]["ov_dimensions"]:
+        evidence.ov_dimensions(metrics["meaning"]["ov_dimensions"], directory / "ov_dimensions.png")
+    phases = [row for row in metrics["planted"]["rows"] if row["question"] == "phases"]
+    if phases:
+        evidence.planted_phases(phases, directory / "planted_phases.png")
 
 
 if __name__ == "__main__":

@@ -48,7 +48,9 @@ def train(stage: Stage) -> None:
         refit = Batches(cache, "train", module.sites, size, run.seed, run.control, device)
         measured = evaluate(module, heldout.all(), evaluation, refit.sample(evaluation.refit_contexts, run.seed + 2))
         spliced = _splice(stage, module, cache, evaluation, device)
-        record = run_record(run, module, measured, spliced, tokens_trained=result.tokens)
+        record = run_record(
+            run, module, measured, spliced, tokens_trained=result.tokens, control_detail=heldout.control_detail
+        )
         _save(stage, run, module, {"history": result.history, "feature_counts": measured.feature_counts}, record)
         tracked.finish(result.history, final_metrics(record), stage.data / "runs" / run.name)
 

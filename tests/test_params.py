@@ -9,6 +9,7 @@ import pytest
 import yaml
 
 from crosshead.activations.survey import LayerChoice
+from crosshead.dictionaries.registry import KINDS
 from crosshead.params import load_params
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -42,10 +43,10 @@ def test_there_are_four_profiles_with_outputs_of_their_own():
     assert len({params.paths.data for params in every}) == len({params.paths.reports for params in every}) == 4
 
 
-def test_smoke_has_at_most_eight_runs_and_every_architecture():
+def test_smoke_has_at_most_twelve_runs_and_every_architecture():
     runs = load_params(ROOT / "flows/profiles/smoke/params.yaml").runs
-    assert len(runs) <= 8
-    assert {run.kind for run in runs.values()} == {"mtc", "value_sae", "attn_out_sae"}
+    assert len(runs) <= 12
+    assert {run.kind for run in runs.values()} == set(KINDS)
 
 
 def test_gpu_trains_100_000_features_on_tens_of_millions_of_tokens():
@@ -58,6 +59,15 @@ def test_gpu_trains_100_000_features_on_tens_of_millions_of_tokens():
 
 
 WRONG = {
+    "null of a run that is none": (
+        "nulls.teacher", "top1-k6", "nulls.teacher names 'top1-k6', which is not under runs; did you mean 'top1-k60'?"
+    ),
+    "meaning of a run that is none": ("meaning.runs", ["mct-k60"], "meaning.runs names 'mct-k60'"),
+    "control without its site": (
+        "harvest.sites", [{"layer": "first", "names": ["resid_in", "q", "k", "v", "attn_out"]},
+                          {"layer": "second", "names": ["v"]}],
+        "runs.value-both-shared-k16.layers: harvest.sites lacks v_shared_input of layer second",
+    ),
     "misspelt parameter": (
         "training.stepz", 40, "params.yaml: training.stepz is not a parameter (got 40); did you mean 'steps'?"
     ),
@@ -186,6 +196,7 @@ def test_a_wrong_value_is_named_with_its_key_and_a_remedy(name: str, tmp_path: P
 def test_a_run_may_read_numbered_layers_that_are_harvested(tmp_path: Path, sections: dict):
     path = tmp_path / "params.yaml"
     sections["harvest"]["sites"].append({"layer": 3, "names": ["v"]})
+    del sections["runs"]["value-both-shared-k16"]  # made of the lowest harvested layer's input
     sections["runs"]["value-both-k16"]["layers"] = [3, "first"]
     path.write_text(yaml.safe_dump(sections))
     run = load_params(path).runs["value-both-k16"]
@@ -208,9 +219,10 @@ def test_an_architecture_itself_says_which_sites_it_reads(tmp_path: Path, sectio
     sections["harvest"]["sites"] = [{"layer": "first", "names": ["q", "k", "v"]}, {"layer": "second", "names": ["v"]}]
     message = fault(tmp_path, sections)
     assert "runs.mtc-k20.layers: harvest.sites lacks attn_out, resid_in of layer first" in message
-    assert "runs.value" not in message
+    assert "runs.value-both-k16" not in message
     sections["runs"] = {"heads": sections["runs"]["attn-out-k20"] | {"per_head": True}}
-    sections["clusters"]["runs"] = ["heads"]
+    sections["clusters"]["runs"] = sections["meaning"]["runs"] = ["heads"]
+    sections["nulls"] = {"teacher": "heads", "runs": ["heads"]}
     path = tmp_path / "params.yaml"
     path.write_text(yaml.safe_dump(sections))
     load_params(path)

@@ -15,6 +15,7 @@ import torch
 from pydantic import BaseModel, ConfigDict
 
 from crosshead.activations.base_model import ModelConfig
+from crosshead.activations.controls import sites_read
 from crosshead.activations.corpus import CorpusConfig
 from crosshead.activations.harvest import HarvestConfig
 from crosshead.activations.machine import Machine
@@ -23,6 +24,9 @@ from crosshead.activations.survey import LayerChoice, SurveyConfig
 from crosshead.analysis.clustering import ClusterConfig
 from crosshead.analysis.evaluation import EvaluationConfig
 from crosshead.analysis.findings import ReportConfig
+from crosshead.analysis.meaning import MeaningConfig
+from crosshead.analysis.one_head import NullConfig
+from crosshead.analysis.planted_suite import PlantedSuiteConfig
 from crosshead.analysis.references import ReferenceConfig
 from crosshead.dictionaries.base import ModelDims
 from crosshead.dictionaries.registry import KINDS, build
@@ -67,6 +71,9 @@ class Params:
     evaluation: EvaluationConfig
     references: ReferenceConfig
     clusters: ClusterConfig
+    nulls: NullConfig
+    planted: PlantedSuiteConfig
+    meaning: MeaningConfig
     report: ReportConfig
     runs: dict[str, Run]
 
@@ -82,6 +89,9 @@ _CONFIGS: dict[str, type[BaseModel]] = {
     "evaluation": EvaluationConfig,
     "references": ReferenceConfig,
     "clusters": ClusterConfig,
+    "nulls": NullConfig,
+    "planted": PlantedSuiteConfig,
+    "meaning": MeaningConfig,
     "report": ReportConfig,
 }
 _SHOWN = 10
@@ -153,10 +163,12 @@ def _read_runs(sections: Mapping[str, Any], path: Path | str, faults: list[str])
 def _at_odds(sections: Mapping[str, Any], found: Mapping[str, Any], path: Path | str) -> list[str]:
     """Sections that are right in themselves and do not fit one another."""
     faults: list[str] = []
-    if "clusters" in found and isinstance(sections.get("runs"), dict):
+    if isinstance(sections.get("runs"), dict):
         known = [str(name) for name in sections["runs"]]
-        faults += [f"{path}: clusters.runs names {name!r}, which is not under runs; {nearest(name, known)}"
-                   for name in found["clusters"].runs if name not in known]  # fmt: skip
+        named = {f"{key}.runs": found[key].runs for key in ("clusters", "nulls", "meaning") if key in found}
+        named |= {"nulls.teacher": (found["nulls"].teacher,)} if "nulls" in found else {}
+        faults += [f"{path}: {key} names {name!r}, which is not under runs; {nearest(name, known)}"
+                   for key, names in named.items() for name in names if name not in known]  # fmt: skip
     if {"survey", "harvest", "runs"} <= found.keys():
         for run in found["runs"].values():
             with _collecting(faults):
@@ -169,8 +181,10 @@ def _not_harvested(run: Run, harvest: HarvestConfig, survey: SurveyConfig, path:
     layers = survey.layers.model_dump() if isinstance(survey.layers, LayerChoice) else UNCHOSEN_LAYERS
     with torch.device("meta"):  # shapes without memory
         module = build(run.dictionary_config(layers), _ANY_MODEL)
-    needed = stored_sites((*module.sites, *module.start_sites))
-    absent = sorted(set(needed) - set(harvest.resolve(layers)))
+    harvested = harvest.resolve(layers)
+    lowest = min(site.layer for site in harvested)
+    needed = stored_sites(sites_read((*module.sites, *module.start_sites), run.control, lowest))
+    absent = sorted(set(needed) - set(harvested))
     as_written = {layers[layer]: layer for layer in run.dictionary["layers"] if isinstance(layer, str)}
     by_layer: dict[str | int, list[str]] = {}
     for site in absent:

@@ -17,9 +17,16 @@ SITES = ({"layer": "first", "names": ["q", "k", "v", "resid_in", "attn_out"]}, {
 LAYERS = {"first": 1, "second": 2}
 
 
-def make_corpus(model: LanguageModel, train: int = 10, heldout: int = 5, length: int = LENGTH, seed: int = 0) -> Corpus:
-    """Random contexts of two domains that begin with token 0."""
-    vocabulary = len(model.tokenizer.get_vocab())
+def make_corpus(
+    model: LanguageModel,
+    train: int = 10,
+    heldout: int = 5,
+    length: int = LENGTH,
+    seed: int = 0,
+    n_tokens: int | None = None,
+) -> Corpus:
+    """Random contexts of two domains that begin with token 0; the others are all of the model's or the first few."""
+    vocabulary = n_tokens or len(model.tokenizer.get_vocab())
     tokens = torch.randint(1, vocabulary, (train + heldout, length), generator=torch.Generator().manual_seed(seed))
     tokens[:, 0] = 0
     flat = pa.array(tokens.flatten().numpy().astype("int32"))

@@ -2,6 +2,7 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pytest
 import torch
@@ -10,7 +11,7 @@ from crosshead.activations.cache import ActivationCache
 from crosshead.activations.corpus import Corpus
 from crosshead.dictionaries.base import Site
 from crosshead.io.files import sha256_file
-from tests.activations.harvests import LENGTH, make_corpus, run_harvest
+from tests.activations.harvests import LENGTH, make_config, make_corpus, run_harvest
 
 
 @pytest.fixture(scope="module")
@@ -48,6 +49,38 @@ def test_patterns_are_recomputed_without_q_and_k_in_the_batch(harvested: Path):
     assert set(batch.sites) == {Site(1, "pattern")}
     torch.testing.assert_close(batch[Site(1, "pattern")].sum(-1), torch.ones(1, 4, LENGTH))
     assert not batch[Site(1, "pattern")].triu(1).any()
+
+
+def test_single_rows_are_those_of_whole_contexts(harvested: Path):
+    cache = ActivationCache.open(harvested)
+    sites = [Site(2, "v"), Site(2, "resid_in"), Site(1, "q")]
+    everything = cache.read("train", range(10), sites)
+    contexts, positions = np.array([9, 0, 3, 4, 4, 9]), np.array([1, 0, LENGTH - 1, 5, 5, 2])
+    found = cache.rows("train", contexts, positions, sites)
+    assert [tuple(found[site].shape) for site in sites] == [(6, 2, 12), (6, 32), (6, 4, 12)]
+    for site in sites:
+        assert torch.equal(found[site], everything[site].movedim(-2, 1)[contexts, positions])
+    assert cache.rows("heldout", np.zeros(0, int), np.zeros(0, int), sites[:1])[sites[0]].shape == (0, 2, 12)
+
+
+def test_half_precision_rows_are_float32_as_contexts_are(tiny_model, tmp_path: Path):
+    cache = ActivationCache.open(run_harvest(tiny_model("llama"), tmp_path, make_config(dtype="float16")))
+    (row,) = cache.rows("train", np.array([7]), np.array([3]), [Site(2, "v")]).values()
+    assert row.dtype == torch.float32
+    assert torch.equal(row[0], cache.read("train", [7], [Site(2, "v")])[Site(2, "v")][0, :, 3])
+
+
+@pytest.mark.parametrize(
+    ("context", "position", "site", "message"),
+    [(10, 1, "v", "context 10 is out of range; train has contexts 0 to 9"),
+     (0, LENGTH, "v", f"position {LENGTH} is out of range; train has positions 0 to {LENGTH - 1}"),
+     (0, -1, "v", "position -1 is out of range"),
+     (0, 1, "mlp_in", r"no site 1\.mlp_in"),
+     (0, 1, "pattern", r"site 1\.pattern is no row of a position")],
+)  # fmt: skip
+def test_rows_that_are_not_there_are_refused(harvested: Path, context: int, position: int, site: str, message: str):
+    with pytest.raises(ValueError, match=message):
+        ActivationCache.open(harvested).rows("train", np.array([context]), np.array([position]), [Site(1, site)])
 
 
 def test_shards_are_mapped_and_not_copied(harvested: Path):

@@ -59,3 +59,18 @@ def test_a_stream_of_another_corpus_or_split_is_refused(both, tiny_model):
         live.read("test", [0], [Site(1, "v")])
     with pytest.raises(ValueError, match="context 10 is out of range"):
         live.read("train", [10], [Site(1, "v")])
+
+
+def test_single_rows_are_refused_with_the_way_out(both):
+    with pytest.raises(ValueError, match=r"harvest that only streams.*harvest\.mode: cache"):
+        Batches(both[1], "train", [Site(1, "v"), Site(2, "v")], 2, seed=1, control="matched_tokens")
+
+
+def test_values_of_a_shared_input_come_from_the_harvests_lowest_layer_whatever_is_asked_for(tiny_model, tmp_path):
+    model, site = tiny_model("llama"), Site(2, "v_shared_input")
+    sites = ({"layer": 1, "names": ["v"]}, {"layer": 2, "names": ["v", "v_shared_input"]})
+    cache = ActivationCache.open(run_harvest(model, tmp_path / "cached", make_config(sites=sites)))
+    streamed = run_harvest(model, tmp_path / "streamed", make_config(sites=sites, mode="stream"))
+    live = LiveActivations(streamed, model, make_corpus(model))
+    a, b = (source.read("heldout", [0, 3], [site])[site] for source in (cache, live))
+    torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)

@@ -20,7 +20,8 @@ def record(series: str, l0: float, mse: float, seed: int = 0, **other: Any) -> d
     return {
         "run": f"{series}-{l0:g}" + (f"-s{seed}" if seed else ""), "series": series, "family": "test",
         "architecture": "mtc", "layers": [17], "target": "attn_out", "features": 128, "heads_per_feature": "all",
-        "sparsity": {"kind": "topk", "k": int(l0)}, "sparsity_value": l0, "seed": seed, "control": "none", "steps": 10,
+        "sparsity": {"kind": "topk", "k": int(l0)}, "sparsity_value": l0, "seed": seed, "control": "none",
+        "control_detail": None, "start": "value_maps", "learning_rate": 4e-3, "steps": 10,
         "tokens_trained": 1000, "parameters": 5, "l0": l0, "normalised_mse": mse, "ce_recovered": 0.8,
         "ce_recovered_zero": 0.9, "dead_fraction": 0.02, "n_tokens": 3000,
         "evaluation": {
@@ -70,9 +71,57 @@ def documents(seeds=(0,), top1_factor: float = 1.1, both_factor: float = 0.9, p_
                        "svd": [{"rank": 60, "normalised_mse": 0.2}]},
         "clusters": {"clusters": [{"source": s, "k": 64, "seed": 0} | fit for s in sources],
                      "sizes": [{"source": s, "k": 64, "seed": 0, "sizes": [9, 5, 2, 1, 0]} for s in sources],
-                     "agreement": [{"source": "mtc-30", "k": 64, "adjusted_rand": 0.5}], "n_features": {"mtc-30": 120}},
+                     "agreement": [{"source": "mtc-30", "k": 64, "adjusted_rand": 0.5}],
+                     "n_features": {"mtc-30": 120}, "bootstraps": 100},
         "audit": {"tolerance": 1e-4, "runs": [{"run": "mtc-30", "architecture": "mtc", "normalised_mse": 0.16,
                                                "recomputed": 0.16, "difference": 2e-8, "agrees": True,
                                                "heads_per_feature": "all", "target": "attn_out", "sparsity": "topk",
                                                "reason": None}]},
+    }  # fmt: skip
+
+
+def evidence() -> dict[str, Any]:
+    """What the stages nulls, planted and meaning hand to ``collect``."""
+    spread = {"l0": 60.0, "seed": 0, "participation_ratio_mean": 1.1, "identity_share": 0.05, "n_tokens": 900}
+    ratio = {"ratio": 0.98, "interval": [0.97, 0.99], "l0_range": [30, 110], "n_seeds": 1, "n_sparsities": 2,
+             "n_tokens": 900, "n_contexts": 12}  # fmt: skip
+    side = {"median": 0.4, "interval": [0.3, 0.5], "shuffled": 0.02}
+    labels = {"induction": {"count": 7, "expected": 0.5}, "succession": {"count": 1, "expected": 0.2}}
+    heads = {
+        "survey_heads": [{"layer": 17, "head": 3, "score": 0.8}],
+        "share_on_survey_heads": 0.8,
+        "expected_share": 0.3,
+    }
+    read = {"n_live": 120, "labels": labels, "breadth": {"median": 4.0, "interval": [3.5, 4.5]},
+            "predictability": {"from": side, "to": side}, "induction_heads": heads,
+            "examples": [{"feature": 5, "label": "induction", "texts": ["a | b [c] `d`\n e"]}]}  # fmt: skip
+    cluster = {"run": "mtc-60", "k": 16, "cluster": 3, "size": 12}
+    correlation = {"rho": 0.4, "p_value": 0.1}
+    planted = [
+        {"question": "recovery", "layer": "one-head", "seed": 0, "architecture": "mtc", "share_recovered": 0.98,
+         "cosine_encoder": 0.99, "cosine_decoder": 0.99, "cosine_loadings": 0.99, "heads_error": 0.1, "l0": 8.0,
+         "ov_dimension_error": 0.1, "adjusted_rand": 0.9, "normalised_mse": 0.01, "condition_number": 12.0},
+        {"question": "superposition", "layer": "superposed", "seed": 0, "noise": 0.1, "ratio": 0.4, "null_ratio": 0.97,
+         "superposed": True},
+        {"question": "shared_layers", "layers": "shared", "shared": 1.0, "seed": 0, "control": "none", "ratio": 0.9,
+         "found": True, "share_recovered": 0.9},
+        {"question": "toys", "toy": "skip-trigram", "seed": 0, "accuracy": 0.99, "ratio": 0.7, "null_ratio": 0.97,
+         "superposed": True},
+        *({"question": "phases", "mixing": m, "noise": n, "planted_l0": 8, "share_recovered": 0.5 + m / 4 - n / 4}
+          for m in (0.0, 1.0) for n in (0.0, 0.5)),
+    ]  # fmt: skip
+    return {
+        "nulls": {"teacher": "top1-110", "teacher_normalised_mse": 0.1, "comparison": ratio,
+                  "rows": [{"run": f"{s}-{k}", "series": s, "normalised_mse": 5 / k} | spread | {"l0": float(k)}
+                           for s in ("mtc", "top1") for k in (60, 110)]},
+        "planted": {"rows": planted, "seeds": [0], "commit_seed": None},
+        "meaning": {
+            "runs": dict.fromkeys(("mtc-60", "top1-60", "attn-out-sae-60"), read),
+            "enrichment": [cluster | {"label": "induction", "n": 6, "expected": 0.7, "p_value": 1e-6, "q_value": 1e-4}],
+            "enrichment_summary": {"mtc-60": {"discoveries": 4, "expected_under_shuffle": 0.3}},
+            "ov_dimensions": [cluster | {"size": size, "effective_rank": 0.6 * size, "random_low": 0.7 * size,
+                                         "random_mean": 0.8 * size, "random_high": 0.9 * size} for size in (4, 12, 40)],
+            "size_correlations": {"mtc-60": {"induction": correlation, "skip_trigram": correlation}},
+            "modality": {"mtc-60": {"ov_dimension": {"dip": 0.1, "p_value": 0.4, "n": 16}, "loadings": None}},
+        },
     }  # fmt: skip

@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 
+from crosshead.analysis import clustering
 from crosshead.analysis.clustering import ClusterConfig, analyse_loadings, loading_vectors
 
 CONFIG = ClusterConfig(runs=("r",), largest_k=64, seeds=2, minimum_k_for_fit=32, bootstraps=5)
@@ -28,10 +29,38 @@ def test_planted_clusters_are_found_with_their_sizes():
 
 def test_every_null_gets_the_same_analysis():
     result = analyse_loadings("x", planted([256, 256]), np.ones(512, dtype=bool), CONFIG)
-    sources = {"x", "x/shuffled", "x/gaussian"}
+    sources = {"x", "x/shuffled", "x/gaussian", "x/sphere"}
     assert {s["source"] for s in result["sizes"]} == sources
     assert {(c["source"], c["k"]) for c in result["clusters"]} == {(s, k) for s in sources for k in (32, 64)}
     assert result["n_features"] == {"x": 512}
+    assert [h["source"] for h in result["hdbscan"]] == ["x", "x/shuffled", "x/gaussian", "x/sphere"]
+
+
+def test_hdbscan_finds_planted_clusters_and_next_to_nothing_on_the_sphere():
+    result = analyse_loadings("x", planted([200, 150, 100, 62]), np.ones(512, dtype=bool), CONFIG)
+    found = {h["source"]: h for h in result["hdbscan"]}
+    assert found["x"]["n_clusters"] == found["x"]["k"] == 4
+    assert found["x"]["unassigned"] < 0.2
+    assert found["x"]["adjusted_rand"] == pytest.approx(1.0)
+    assert found["x/sphere"]["unassigned"] > 0.3
+
+
+def test_the_sphere_is_uniform_up_to_the_flip_and_positive_where_the_data_are():
+    """Norms cannot leave the positive part, so their null must not either."""
+    for vectors in (planted([256, 256]), np.abs(planted([256, 256]))):
+        vectors = clustering.loading_vectors(vectors, np.ones(512, dtype=bool))
+        sphere = dict(clustering._with_nulls("x", vectors))["x/sphere"]
+        assert np.linalg.norm(sphere, axis=1) == pytest.approx(1.0)
+        assert bool((sphere >= 0).all()) == bool((vectors >= 0).all())
+        assert (sphere**2).mean(0) == pytest.approx(1 / 9, abs=0.03)
+
+
+def test_many_features_are_clustered_by_mini_batches(monkeypatch):
+    monkeypatch.setattr(clustering, "_LARGE", 300)
+    result = analyse_loadings("x", planted([300, 100, 60, 52]), np.ones(512, dtype=bool), CONFIG)
+    at_four = [s["sizes"] for s in result["sizes"] if s["source"] == "x" and s["k"] == 4]
+    assert [300, 100, 60, 52] in at_four
+    assert result["hdbscan"][0]["n_clusters"] == 4
 
 
 def test_seeds_agree_on_planted_clusters_more_than_on_shuffled_loadings():

@@ -2,7 +2,8 @@ import copy
 
 import pytest
 
-from crosshead.analysis.findings import ReportConfig, collect, judge
+from crosshead.analysis.findings import ReportConfig, collect
+from crosshead.analysis.verdicts import judge
 from tests.analysis.records import documents
 
 CONFIG = ReportConfig()
@@ -45,7 +46,7 @@ def superposition(records):
 
 def test_superposition_is_supported_only_under_every_norm_of_loadings():
     records = documents((0, 1, 2))["records"]
-    assert superposition(of_penalties(records)).verdict == "supports"
+    assert superposition(of_penalties(records)).reason == "the one-head null was not run"
     assert "mtc-penalty-l1 was not compared" in superposition(records).reason
     beaten = superposition(of_penalties(records, factor=1.2))
     assert beaten.verdict == "inconclusive"
@@ -86,8 +87,8 @@ def test_a_gap_in_the_control_leaves_the_comparison_undecided(factor):
 
 
 def test_one_dictionary_never_decides_a_power_law():
-    assert verdict(metrics((0, 1, 2), p_value=0.5), "power-law-mtc-30") == "inconclusive"
-    assert verdict(metrics((0, 1, 2), p_value=0.0), "power-law-mtc-30") == "inconclusive"
+    assert verdict(metrics((0, 1, 2), p_value=0.5), "power-law-mtc") == "inconclusive"
+    assert verdict(metrics((0, 1, 2), p_value=0.0), "power-law-mtc") == "inconclusive"
 
 
 @pytest.mark.parametrize(("change", "why"), [
@@ -129,5 +130,5 @@ def test_the_frontier_has_the_documented_fields():
 def test_claims_without_runs_are_left_out():
     found = copy.deepcopy(metrics())
     found["comparisons"] = {}
-    found["clusters"] = []
+    found["clusters"], found["cluster_features"] = [], {}
     assert {f.key for f in judge(found, CONFIG)} == {"heads-per-feature", "identity", "attention-output"}

@@ -83,6 +83,68 @@ def test_two_identical_sweeps_sum_to_one_sweep_of_twice_the_l0_or_better():
     assert compare_with_sum(doubled, one, one).ratio == pytest.approx(1.0, abs=0.01)
 
 
+def crossing(series: str, ratios: tuple[float, float, float], noise: np.ndarray = NOISE, seed: int = 0):
+    """Three points whose middle one lies at the geometric mean of L0; MSE is the ratio over L0."""
+    return [record(series, l0, ratio / l0, noise, seed=seed) for l0, ratio in zip((10, 20, 40), ratios, strict=True)]
+
+
+def test_the_halves_of_the_range_are_compared_by_themselves():
+    """The log of the ratio is linear in L0 between the points, so its mean over a half is that of the half's ends."""
+    result = compare_series(crossing("a", (0.5, 0.9, 1.6)), crossing("b", (1.0, 1.0, 1.0)))
+    low, high = result.parts["low"], result.parts["high"]
+    assert low.l0_range == pytest.approx((10, 20))
+    assert high.l0_range == pytest.approx((20, 40))
+    assert low.ratio == pytest.approx((0.5 * 0.9) ** 0.5)
+    assert high.ratio == pytest.approx((0.9 * 1.6) ** 0.5)
+    assert low.interval == pytest.approx((low.ratio, low.ratio))
+    assert high.interval == pytest.approx((high.ratio, high.ratio))
+
+
+def test_halves_lie_in_the_range_of_all_seeds_and_are_means_over_them():
+    ones = (1.0, 1.0, 1.0)
+    first = crossing("a", (0.5, 0.9, 1.6)) + crossing("a", (0.7, 0.8, 0.9), seed=1)
+    result = compare_series(first, crossing("b", ones) + crossing("b", ones, seed=1))
+    assert result.parts["low"].ratio == pytest.approx((0.5 * 0.9 * 0.7 * 0.8) ** 0.25)
+    assert result.parts["high"].ratio == pytest.approx((0.9 * 1.6 * 0.8 * 0.9) ** 0.25)
+    low, high = result.parts["high"].interval
+    assert low == pytest.approx((0.8 * 0.9) ** 0.5)
+    assert high == pytest.approx((0.9 * 1.6) ** 0.5)
+    narrower = compare_series(
+        sweep("a", 0.9) + crossing("a", ones, seed=1), sweep("b", 1.0) + crossing("b", ones, seed=1)
+    )
+    assert narrower.l0_range == (10, 40)
+    assert narrower.parts["low"].l0_range == pytest.approx((10, 20))
+    assert narrower.parts["high"].ratio == pytest.approx(0.9**0.5)
+
+
+def test_the_interval_of_a_half_knows_only_the_noise_of_that_half():
+    noisy, ones = np.random.default_rng(2).uniform(0.5, 1.5, 40), (1.0, 1.0, 1.0)
+    first = [*crossing("a", ones)[:2], crossing("a", ones, noisy)[2]]
+    result = compare_series(first, crossing("b", ones))
+    assert result.parts["low"].interval == pytest.approx((1.0, 1.0))
+    low, high = result.parts["high"].interval
+    assert high - low > 0.02
+
+
+def test_a_two_layer_sweep_may_beat_the_sum_in_one_half_only():
+    flat = np.ones(8)
+    one = [record("one", l0, 1 / l0, flat) for l0 in (10, 20, 40)]
+    points = sum_points(one, one)
+    middle = (points[0].l0 * points[-1].l0) ** 0.5
+    both = [record("both", p.l0, p.mse * (0.8 if p.l0 < middle else 1.0), flat) for p in points]
+    parts = compare_with_sum(both, one, one).parts
+    assert parts["low"].ratio == pytest.approx(0.8, abs=0.01)
+    assert parts["high"].ratio == pytest.approx(1.0, abs=0.01)
+
+
+def test_sweeps_that_do_not_meet_have_empty_halves():
+    far = [record("b", l0, 1 / l0, NOISE) for l0 in (200, 400)]
+    parts = compare_series(sweep("a", 1.0), far).parts
+    assert {name: (part.ratio, part.interval, part.l0_range) for name, part in parts.items()} == {
+        "low": (None, None, None), "high": (None, None, None)
+    }  # fmt: skip
+
+
 def trained(series: str, coefficient: float, error: float, l1: float, seed: int = 0, kind: str = "l1"):
     """Four held-out positions in two contexts."""
     return {

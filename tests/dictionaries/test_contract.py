@@ -150,7 +150,8 @@ def test_a_tiny_batch_is_overfitted(case):
         optimiser.step()
         decay.step()
         module.project_()
-    assert module.loss(batch).normalised_mse < 0.02
+    # The joint MTC must do with activations that are trained for something else.
+    assert module.loss(batch).normalised_mse < (0.1 if case.startswith("joint_mtc") else 0.02)
 
 
 @every_case

@@ -13,6 +13,7 @@ import pytest
 import yaml
 from mlflow import MlflowClient
 
+from crosshead.dictionaries.registry import KINDS
 from tests.flows.interrupt import copy_of_work_tree
 
 HOME = Path("flows/profiles/smoke")
@@ -79,7 +80,7 @@ def test_metrics_hold_every_run_and_the_whole_survey(metrics: dict, runs: dict):
 
 def test_the_audit_agrees_for_every_architecture(metrics: dict):
     rows = metrics["audit"]["runs"]
-    assert {row["architecture"] for row in rows} == {"mtc", "value_sae", "attn_out_sae"}
+    assert {row["architecture"] for row in rows} == set(KINDS)
     assert all(row["difference"] <= 1e-4 for row in rows)
 
 

@@ -42,3 +42,11 @@ def test_frontiers_that_do_not_meet_are_not_compared():
     far = [Point(50, 0.1), Point(60, 0.05)]
     assert overlap(CURVE, far) is None
     assert geometric_mean_ratio(CURVE, far) is None
+
+
+def test_a_part_of_the_range_is_compared_by_itself():
+    other = [Point(10, 0.4), Point(20, 0.05), Point(40, 0.05)]
+    assert geometric_mean_ratio(CURVE, other, within=(10, 20)) == pytest.approx(2**0.5)
+    assert geometric_mean_ratio(CURVE, other, within=(0, 20)) == pytest.approx(2**0.5)
+    assert geometric_mean_ratio(CURVE, other, within=(20, 90)) == pytest.approx(2**0.5)
+    assert geometric_mean_ratio(CURVE, other, within=(41, 90)) is None

@@ -2,10 +2,13 @@ import re
 
 import pytest
 
-from crosshead.analysis.findings import SCHEMA, ReportConfig, collect, judge
+from crosshead.analysis.findings import SCHEMA, ReportConfig, collect
+from crosshead.analysis.verdicts import judge
+from crosshead.reporting import evidence as evidence_figures
 from crosshead.reporting import figures
-from crosshead.reporting.render import render_html, render_markdown
-from tests.analysis.records import documents
+from crosshead.reporting.page import render_html
+from crosshead.reporting.render import anchor, render_markdown
+from tests.analysis.records import documents, evidence
 
 CONFIG = ReportConfig()
 
@@ -13,7 +16,7 @@ CONFIG = ReportConfig()
 @pytest.fixture(scope="module")
 def report(tmp_path_factory):
     inputs = {"gpu": {"schema": SCHEMA, "profile": "gpu", "frontier": [], "comparisons": {}}}
-    metrics = collect(**documents(), profile="test", config=CONFIG, inputs=inputs)
+    metrics = collect(**documents(), **evidence(), profile="test", config=CONFIG, inputs=inputs)
     directory = tmp_path_factory.mktemp("figures")
     draw(metrics, directory)
     markdown = render_markdown(metrics, judge(metrics, CONFIG))
@@ -28,11 +31,16 @@ def draw(metrics, directory):
                            directory / "value_frontier.png")  # fmt: skip
     figures.attention_output_frontier(metrics["frontier"], directory / "attention_output_frontier.png")
     figures.cluster_sizes("mtc-30", clusters["sizes"], clusters["clusters"], directory / "clusters_mtc-30.png")
+    evidence_figures.one_head_null(metrics["frontier"], metrics["nulls"]["rows"], ("mtc", "top1"),
+                                   directory / "one_head_null.png")  # fmt: skip
+    evidence_figures.ov_dimensions(metrics["meaning"]["ov_dimensions"], directory / "ov_dimensions.png")
+    phases = [row for row in metrics["planted"]["rows"] if row["question"] == "phases"]
+    evidence_figures.planted_phases(phases, directory / "planted_phases.png")
 
 
 def test_the_page_needs_nothing_outside_itself(report):
     page = report[2]
-    assert not re.search(r'(src|href)="(?!data:image/png;base64,)', page)
+    assert not re.search(r'(src|href)="(?!data:image/png;base64,|#)', page)
     assert "<script" not in page
 
 
@@ -49,7 +57,20 @@ def test_every_run_and_verdict_is_shown(report):
         assert f"| {row['run']} |" in markdown
     for finding in judge(metrics, CONFIG):
         assert finding.claim in markdown
-    assert page.count('class="verdict inconclusive"') == len(judge(metrics, CONFIG))
+    assert page.count('class="verdict inconclusive"') == 2 * len(judge(metrics, CONFIG))
+
+
+def test_the_table_of_verdicts_comes_first_and_leads_to_every_claim(report):
+    metrics, markdown, page, _ = report
+    assert markdown.index("## Verdicts") < markdown.index("## Findings")
+    for finding in judge(metrics, CONFIG):
+        assert f'<a href="#{anchor(finding.title)}">{finding.title}</a>' in page
+        assert f'<h3 id="{anchor(finding.title)}">' in page
+
+
+def test_corpus_text_stays_one_cell(report):
+    assert "`a / b [c] 'd' e`" in report[1]
+    assert "<code>a / b [c] 'd' e</code>" in report[2]
 
 
 def test_the_quantised_weights_are_named(report):

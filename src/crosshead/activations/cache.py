@@ -61,6 +61,15 @@ class ActivationSource(ABC):
     def stored(self, split: str, indices: Sequence[int], sites: Sequence[Site]) -> dict[Site, Tensor]:
         """Stored sites of the given contexts, float32."""
 
+    @abstractmethod
+    def rows(
+        self, split: str, contexts: np.ndarray, positions: np.ndarray, sites: Sequence[Site]
+    ) -> dict[Site, Float[Tensor, "n *widths"]]:
+        """Single positions, one of each given context, at stored sites; float32, the site's shape without B and T.
+
+        ValueError for an unknown split or site, an index out of range, or where no activations are stored.
+        """
+
     @property
     def dims(self) -> ModelDims:
         """Widths of the base model."""
@@ -75,6 +84,11 @@ class ActivationSource(ABC):
     def sites(self) -> tuple[Site, ...]:
         """The stored sites; a layer's pattern can be read as well where its q and k are stored."""
         return tuple(self._columns)
+
+    @property
+    def lowest_layer(self) -> int:
+        """The lowest layer with a stored site: ``v_shared_input`` is made of its residual input."""
+        return min(column.layer for column in self.manifest.columns)
 
     @property
     def context_length(self) -> int:
@@ -187,6 +201,35 @@ class ActivationCache(ActivationSource):
 
     def stored(self, split: str, indices: Sequence[int], sites: Sequence[Site]) -> dict[Site, Tensor]:
         return {site: self._gather(split, indices, self._columns[site]) for site in sites}
+
+    def rows(
+        self, split: str, contexts: np.ndarray, positions: np.ndarray, sites: Sequence[Site]
+    ) -> dict[Site, Float[Tensor, "n *widths"]]:
+        self.check_sites(sites)
+        if patterns := [site for site in sites if site.name == "pattern"]:
+            raise ValueError(f"site {patterns[0]} is no row of a position; read whole contexts instead")
+        for what, indices, end in (("context", contexts, self.n_contexts(split)),
+                                   ("position", positions, self.context_length)):  # fmt: skip
+            outside = indices[(indices < 0) | (indices >= end)]
+            if len(outside):
+                raise ValueError(f"{what} {outside[0]} is out of range; {split} has {what}s 0 to {end - 1}")
+        return {site: self._gather_rows(split, contexts, positions, self._columns[site]) for site in sites}
+
+    def _gather_rows(
+        self, split: str, contexts: np.ndarray, positions: np.ndarray, column: Column
+    ) -> Float[Tensor, "n *widths"]:
+        # Positions are the last axis but one at every stored site: behind the heads, where there are heads.
+        *heads, length, width = column.shape
+        out = np.empty((len(contexts), *heads, width), dtype=np.float32)
+        groups = self._split(split)
+        of_group = np.searchsorted([group.first for group in groups], contexts, side="right") - 1
+        for number in np.unique(of_group):
+            group, here = groups[number], np.flatnonzero(of_group == number)
+            flat = group.rows.column(str(column.site)).flatten().to_numpy(zero_copy_only=True)
+            whole = flat.reshape(group.rows.num_rows, -1, length, width)
+            found = whole[contexts[here] - group.first, :, positions[here]]
+            out[here] = found.reshape(len(here), *heads, width)
+        return torch.from_numpy(out)
 
     def _gather(self, split: str, indices: Sequence[int], column: Column) -> Float[Tensor, "n *shape"]:
         out = np.empty((len(indices), *column.shape), dtype=np.float32)

@@ -14,6 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 from crosshead.activations.anatomy import anatomy, probe_tokens
 from crosshead.activations.base_model import LanguageModel
+from crosshead.activations.derived import shared_input_values
 from crosshead.activations.rotation import Tables, read_tables
 from crosshead.activations.sites import recompute_patterns, site_shape, stored_sites
 from crosshead.activations.taps import check_site, check_tokens, tapped
@@ -28,15 +29,21 @@ class _AllSeen(Exception):  # noqa: N818 - a signal, not an error
 
 
 @torch.no_grad()
-def capture(model: LanguageModel, tokens: Int[Tensor, "B T"], sites: Sequence[Site]) -> dict[Site, Tensor]:
+def capture(
+    model: LanguageModel, tokens: Int[Tensor, "B T"], sites: Sequence[Site], *, shared_from: int | None = None
+) -> dict[Site, Tensor]:
     """Run the model on whole contexts and return the sites asked for (shapes: see Site).
 
     The forward pass ends as soon as the last of them has been seen. Tensors are copies on the model's device and in
-    its dtype; patterns are float32, recomputed from q and k. ValueError for a layer out of range, a site the model has
+    its dtype; patterns are float32, recomputed from q and k. ``v_shared_input`` is made of the residual input of layer
+    ``shared_from``, by default the lowest layer of ``sites``. ValueError for a layer out of range, a site the model has
     not, contexts longer than the model allows, or a family that cannot be captured.
     """
     found: dict[Site, Tensor] = {}
     wanted = stored_sites(sites)
+    derived = [site for site in wanted if site.name == "v_shared_input"]
+    tapped_sites = [site for site in wanted if site not in derived]
+    lowest = min((site.layer for site in wanted), default=0) if shared_from is None else shared_from
 
     def keep(site: Site, tensor: Tensor) -> None:
         # A copy: the model may go on to change its tensors in place, and a view of fused q, k, v would hold all three.
@@ -49,7 +56,11 @@ def capture(model: LanguageModel, tokens: Int[Tensor, "B T"], sites: Sequence[Si
         for site in sites:
             check_site(model, site)
         if wanted:
-            with tapped(model, wanted, keep), suppress(_AllSeen):
+            with (
+                shared_input_values(model, derived, lowest, keep),
+                tapped(model, tapped_sites, keep),
+                suppress(_AllSeen),
+            ):
                 model.model(tokens.to(model.device), use_cache=False)
     # Some families hand their MLP one long list of positions.
     shaped = {site: tensor.view(tokens.shape[0], *site_shape(site, model.dims, tokens.shape[1]))

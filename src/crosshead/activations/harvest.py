@@ -41,7 +41,7 @@ __all__ = ["HarvestConfig", "LayerSites", "harvest", "harvest_fingerprint"]
 
 Progress = Callable[[int, int], None]
 
-StoredName = Literal["q", "k", "v", "resid_in", "attn_out", "mlp_in", "mlp_out", "resid_out"]
+StoredName = Literal["q", "k", "v", "v_shared_input", "resid_in", "attn_out", "mlp_in", "mlp_out", "resid_out"]
 _FLOAT16_MAX = torch.finfo(torch.float16).max
 
 
@@ -53,7 +53,8 @@ class LayerSites(BaseModel):
     layer: Literal["first", "second", "adjacent"] | Annotated[int, Field(ge=0)]
     """A layer the survey names, or a number."""
     names: Annotated[tuple[StoredName, ...], Field(min_length=1)]
-    """Sites; patterns are not stored but recomputed wherever q and k are."""
+    """Sites; patterns are not stored but recomputed wherever q and k are. ``v_shared_input``: this layer's values made
+    of the residual input of the lowest layer that the harvest keeps a site of (usually ``first``)."""
 
 
 class HarvestConfig(BaseModel):

@@ -4,7 +4,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import cast
 
+import numpy as np
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from crosshead.activations.base_model import LanguageModel
@@ -38,11 +40,18 @@ class LiveActivations(ActivationSource):
         return torch.cat([self._corpus.tokens(_known(split), slice(index, index + 1)) for index in indices])
 
     def stored(self, split: str, indices: Sequence[int], sites: Sequence[Site]) -> dict[Site, Tensor]:
-        captured = capture(self._model, self.tokens(split, indices), sites)
+        captured = capture(self._model, self.tokens(split, indices), sites, shared_from=self.lowest_layer)
         for site, tensor in captured.items():
             if not bool(tensor.isfinite().all()):
                 raise ValueError(f"site {site} holds values that are not finite; run the model in float32")
         return {site: tensor.float() for site, tensor in captured.items()}
+
+    def rows(
+        self, split: str, contexts: np.ndarray, positions: np.ndarray, sites: Sequence[Site]
+    ) -> dict[Site, Float[Tensor, "n *widths"]]:
+        raise ValueError(f"{self.directory} is of a harvest that only streams: single positions of many contexts would "
+                         "be as many forward passes for every batch; run the harvest stage with "
+                         "harvest.mode: cache")  # fmt: skip
 
 
 def _known(split: str) -> Split:

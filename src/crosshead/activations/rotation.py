@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from crosshead.activations.interface import EXACT, AttentionResult, observed_attention
 from crosshead.maths.patterns import undo_rotation
 
-__all__ = ["ConstantRun", "RotaryStyle", "Tables", "read_tables", "rewrite_input", "rotary_style",
+__all__ = ["ConstantRun", "RotaryStyle", "Tables", "change_input", "read_tables", "rewrite_input", "rotary_style",
            "run_on_constant_inputs"]  # fmt: skip
 
 Tables = tuple[Float[Tensor, "T R"], Float[Tensor, "T R"]]
@@ -42,16 +42,23 @@ class ConstantRun(NamedTuple):
     """The cos and sin each module was given, as its family lays them out."""
 
 
+def change_input(
+    arguments: tuple[Any, ...], keywords: dict[str, Any], change: Callable[[Tensor], Tensor | None]
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    """A call's arguments with the first input (positional or the hidden states by name) changed; None: left alone."""
+    name = None if arguments else next(name for name in _INPUT_NAMES if name in keywords)
+    changed = change(arguments[0] if name is None else keywords[name])
+    if changed is None:
+        return None
+    return ((changed, *arguments[1:]), keywords) if name is None else (arguments, {**keywords, name: changed})
+
+
 @contextmanager
 def rewrite_input(module: nn.Module, change: Callable[[Tensor], Tensor | None]) -> Iterator[None]:
     """Pass a module's first input (positional or the hidden states by name) through ``change``; None keeps it."""
 
     def hook(_: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> tuple[Any, Any] | None:
-        name = None if arguments else next(name for name in _INPUT_NAMES if name in keywords)
-        changed = change(arguments[0] if name is None else keywords[name])
-        if changed is None:
-            return None
-        return ((changed, *arguments[1:]), keywords) if name is None else (arguments, {**keywords, name: changed})
+        return change_input(arguments, keywords, change)
 
     handle = module.register_forward_pre_hook(hook, with_kwargs=True)
     try:

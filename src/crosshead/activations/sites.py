@@ -15,7 +15,7 @@ def site_shape(site: Site, dims: ModelDims, length: int) -> tuple[int, ...]:
     match site.name:
         case "q":
             return dims.n_heads, length, dims.head_dim
-        case "k" | "v":
+        case "k" | "v" | "v_shared_input":
             return dims.n_kv_heads, length, dims.head_dim
         case "pattern":
             return dims.n_heads, length, length

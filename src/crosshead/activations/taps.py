@@ -99,7 +99,8 @@ def _module_tap(part: LayerAnatomy, site: Site, visit: Visit) -> Iterator[None]:
             assert part.mlp is not None, "check_site has seen to it"
             tap = _rewrite_output(part.mlp[1], change)
         case _:
-            raise ValueError(f"site {site} is no place in the forward pass; patterns are recomputed from q and k")
+            raise ValueError(f"site {site} is no place in the forward pass; patterns are recomputed from q and k, "
+                             "v_shared_input from a residual stream")  # fmt: skip
     with tap:
         yield
 

@@ -1,8 +1,9 @@
 """Comparisons of frontiers at matched L0, from run records.
 
 MTC against Top-1: the geometric mean of the ratio of normalised MSEs over the L0 range both sweeps cover, seed by seed,
-then over the seeds both have; with a percentile bootstrap that draws held-out contexts (the same for both sweeps) and,
-where there are several, seeds. With one seed the interval says nothing about training noise.
+then over the seeds both have; with a bootstrap over held-out contexts and seeds (``resampling``). One frontier may lie
+below another at few active features and above it at many, so the two halves of the range are also compared by
+themselves.
 
 Two-layer value SAE against the sum of two one-layer SAEs: every combination of the two one-layer sweeps, filled in
 log-linearly, is a point (sum of L0s, summed squared error over summed variance, every layer scaled to equal power);
@@ -13,21 +14,33 @@ against each other by their objective too, squared error plus penalty at equal c
 layers that do not share.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from pydantic import BaseModel
 
+from crosshead.analysis.resampling import DRAWS, Interval, bootstrap_intervals, geometric_mean
 from crosshead.maths.frontier import Point, geometric_mean_ratio, log_interpolate, lower_envelope, overlap
 
-__all__ = ["Comparison", "compare_objectives", "compare_series", "compare_with_sum", "points_of", "sum_points"]
+__all__ = ["Comparison", "Part", "compare_objectives", "compare_series", "compare_with_sum", "points_of", "sum_points"]
 
 Record = dict[str, Any]
-_DRAWS = 500
+Range = tuple[float, float]
+_PARTS = ("low", "high")
+_DRAWS = DRAWS
 _BETWEEN = 48
 """Points filled in between two of a sweep: more changes the sum by less than 0.2%."""
+
+
+class Part(BaseModel):
+    """A comparison over a part of the common range of L0; all None where there is none."""
+
+    ratio: float | None = None
+    interval: tuple[float, float] | None = None
+    """From the same draws as the whole's."""
+    l0_range: tuple[float, float] | None = None
 
 
 class Comparison(BaseModel):
@@ -41,6 +54,8 @@ class Comparison(BaseModel):
     """95% percentile bootstrap over held-out contexts and seeds."""
     l0_range: tuple[float, float] | None
     """Covered by both sweeps at every seed."""
+    parts: dict[Literal["low", "high"], Part]
+    """Below and above the geometric mean of the ends of ``l0_range``."""
     at: list[dict[str, float]]
     """``{l0, first, second}`` interpolated MSEs at round values of L0 inside the range, geometric means over seeds."""
     seed_ratios: dict[str, float]
@@ -160,44 +175,46 @@ def _compare(
     seeds = sorted(set.intersection(*(set(sweep) for sweep in sweeps)))
     records = [record for sweep in sweeps for seed in seeds for record in sweep[seed]]
     curves = {seed: (first[1](seed, None), second[1](seed, None)) for seed in seeds}
-    found = {seed: geometric_mean_ratio(*pair) for seed, pair in curves.items()}
-    ratios = {seed: ratio for seed, ratio in found.items() if ratio is not None}
-    n_contexts = min((len(r["evaluation"]["context_squared_error"]) for r in records), default=0)
-    interval = _interval(first[1], second[1], sorted(ratios), n_contexts) if ratios and n_contexts > 1 else None
     common = _common_range(list(curves.values()))
+    ranges = [None, *_halves(common)]
+    found = {seed: _ratios(*pair, ranges) for seed, pair in curves.items()}
+    ratios = {seed: of_seed for seed, of_seed in found.items() if of_seed[0] is not None}
+    n_contexts = min((len(r["evaluation"]["context_squared_error"]) for r in records), default=0)
+    intervals: list[Interval | None] = [None] * len(ranges)
+    if ratios and n_contexts > 1:
+        intervals = bootstrap_intervals(
+            lambda seed, contexts: _ratios(first[1](seed, contexts), second[1](seed, contexts), ranges),
+            sorted(ratios), n_contexts, _DRAWS,
+        )  # fmt: skip
+    means = [geometric_mean(of_seed[i] for of_seed in ratios.values()) for i in range(len(ranges))]
+    whole, *parts = [Part(ratio=ratio, interval=interval, l0_range=part)
+                     for ratio, interval, part in zip(means, intervals, ranges, strict=True)]  # fmt: skip
     return Comparison(
-        first=first[0], second=second[0], ratio=_geometric_mean(ratios.values()) if ratios else None, interval=interval,
-        l0_range=common, at=_table(list(curves.values()), common),
-        seed_ratios={str(seed): ratio for seed, ratio in ratios.items()},
+        first=first[0], second=second[0], ratio=whole.ratio, interval=whole.interval, l0_range=common,
+        parts=dict(zip(_PARTS, parts or (Part(), Part()), strict=True)), at=_table(list(curves.values()), common),
+        seed_ratios={str(seed): of_seed[0] for seed, of_seed in ratios.items() if of_seed[0] is not None},
         n_sparsities=min((len(sweep[seed]) for sweep in sweeps for seed in seeds), default=0),
         n_tokens=min((r["n_tokens"] for r in records), default=0), n_contexts=n_contexts,
     )  # fmt: skip
 
 
-def _interval(first: Points, second: Points, seeds: Sequence[int], n_contexts: int) -> tuple[float, float] | None:
-    generator = np.random.default_rng(0)
-    ratios = []
-    for _ in range(_DRAWS):
-        contexts = generator.integers(0, n_contexts, n_contexts)
-        drawn = [int(seed) for seed in generator.choice(np.asarray(seeds), len(seeds))]
-        of_seed = {seed: geometric_mean_ratio(first(seed, contexts), second(seed, contexts)) for seed in set(drawn)}
-        found = [ratio for seed in drawn if (ratio := of_seed[seed]) is not None]
-        if found:
-            ratios.append(_geometric_mean(found))
-    if not ratios:
-        return None
-    low, high = np.quantile(ratios, [0.025, 0.975])
-    return float(low), float(high)
+def _halves(common: Range | None) -> list[Range]:
+    """A range of L0 below and above the geometric mean of its ends."""
+    if common is None:
+        return []
+    middle = (common[0] * common[1]) ** 0.5
+    return [(common[0], middle), (middle, common[1])]
 
 
-def _geometric_mean(values: Iterable[float]) -> float:
-    return float(np.exp(np.mean(np.log(list(values)))))
+def _ratios(first: list[Point], second: list[Point], ranges: Sequence[Range | None]) -> list[float | None]:
+    """At one seed, over every range; None stands for all that both cover."""
+    return [geometric_mean_ratio(first, second, within=l0_range) for l0_range in ranges]
 
 
 Curves = Sequence[tuple[Sequence[Point], Sequence[Point]]]
 
 
-def _common_range(curves: Curves) -> tuple[float, float] | None:
+def _common_range(curves: Curves) -> Range | None:
     ranges = [overlap(*pair) for pair in curves]
     known = [r for r in ranges if r is not None]
     if not known or len(known) < len(ranges):
@@ -206,13 +223,13 @@ def _common_range(curves: Curves) -> tuple[float, float] | None:
     return (low, high) if low < high else None
 
 
-def _table(curves: Curves, common: tuple[float, float] | None) -> list[dict[str, float]]:
+def _table(curves: Curves, common: Range | None) -> list[dict[str, float]]:
     if common is None:
         return []
     rows = []
     for l0 in (10, 20, 30, 40, 60, 80, 100, 120, 160, 190, 240, 300, 400, 500):
         columns = [[log_interpolate(curve, l0) for curve in side] for side in zip(*curves, strict=True)]
-        first, second = ([mse for mse in column if mse is not None] for column in columns)
-        if len(first) == len(second) == len(curves):
-            rows.append({"l0": float(l0), "first": _geometric_mean(first), "second": _geometric_mean(second)})
+        first, second = (geometric_mean(column) for column in columns)
+        if first is not None and second is not None and not any(None in column for column in columns):
+            rows.append({"l0": float(l0), "first": first, "second": second})
     return rows

@@ -15,6 +15,7 @@ beyond these. The source asks for no null; design choice.
 from collections.abc import Sequence
 from typing import Annotated, Any
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from pydantic import BaseModel, ConfigDict, Field, field_validator
@@ -80,6 +81,14 @@ class PlantedSource(ActivationSource):
     def stored(self, split: str, indices: Sequence[int], sites: Sequence[Site]) -> dict[Site, Tensor]:
         """The source's own; ``read`` plants."""
         return self.source.stored(split, indices, sites)
+
+    def rows(
+        self, split: str, contexts: np.ndarray, positions: np.ndarray, sites: Sequence[Site]
+    ) -> dict[Site, Float[Tensor, "n *widths"]]:
+        """See ``ActivationSource.rows``. ValueError for the planted site: it is planted context by context."""
+        if self.planted in sites:
+            raise ValueError(f"site {self.planted} is planted and has no single rows; name runs without a control")
+        return self.source.rows(split, contexts, positions, sites)
 
     @torch.no_grad()
     def read(

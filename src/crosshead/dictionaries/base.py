@@ -12,7 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, NamedTuple
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Self
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -34,11 +34,12 @@ __all__ = [
     "ModelDims",
     "ParameterGroup",
     "Site",
+    "Trainable",
     "read_description",
 ]
 
 _FORMAT = 1
-SiteName = Literal["q", "k", "v", "pattern", "resid_in", "attn_out", "mlp_in", "mlp_out", "resid_out"]
+SiteName = Literal["q", "k", "v", "v_shared_input", "pattern", "resid_in", "attn_out", "mlp_in", "mlp_out", "resid_out"]
 
 
 class Site(NamedTuple):
@@ -47,6 +48,8 @@ class Site(NamedTuple):
     q [B,H,T,E] and k [B,K,T,E] after rotary embedding and norms, v [B,K,T,E], pattern [B,H,T,T] (recomputed from
     q and k), resid_in and resid_out (residual stream before and after the layer), attn_out (what the attention block
     adds to the residual stream, before any post-norm scale is folded elsewhere), mlp_in and mlp_out: all [B,T,d_model].
+    v_shared_input [B,K,T,E] is no place in the model: the v that this layer's own norm and value map make of the
+    residual input of another, the lowest layer of the harvest (a control of two-layer value SAEs).
     """
 
     layer: int
@@ -158,15 +161,15 @@ class DictionaryConfig(BaseModel):
         return layers
 
 
-class Dictionary(nn.Module, ABC):
-    """A sparse dictionary over attention activations.
+class Trainable(nn.Module, ABC):
+    """What ``training.fit`` needs of a model of attention activations, and how it is saved.
 
     Subclasses are final and called ``Module``; their ``__init__(config, dims)`` only allocates. ``start_`` sets
     weights and normalisation from data, ``calibrate_`` fixes inference thresholds after training. In ``train()`` mode
     batch-wise selections (BatchTopK) look at the batch; in ``eval()`` mode they use the calibrated thresholds, so that
     a position's features do not depend on its neighbours in the batch.
 
-    ``engine`` says how sparse products are computed. It is no part of a saved dictionary.
+    ``engine`` says how sparse products are computed. It is no part of what is saved.
     """
 
     Config: ClassVar[type[DictionaryConfig]]
@@ -192,6 +195,55 @@ class Dictionary(nn.Module, ABC):
         """Sites that ``start_`` reads beside ``sites``. None by default."""
         return ()
 
+    @abstractmethod
+    def loss(self, batch: Batch, progress: float = 1.0) -> Loss:
+        """The training loss of a batch (squared error summed over D, mean over counted positions, plus penalties)."""
+
+    @abstractmethod
+    def start_(self, batches: Sequence[Batch], weights: Mapping[int, LayerWeights], generator: torch.Generator) -> None:
+        """Set normalisation, weights and thresholds from training batches. Random choices come from ``generator``."""
+
+    @abstractmethod
+    def parameter_groups(self) -> list[ParameterGroup]:
+        """Every trainable parameter exactly once, grouped by learning rate."""
+
+    def calibrate_(self, batches: Sequence[Batch]) -> None:
+        """Fix what inference needs and training does not (thresholds). Nothing by default."""
+
+    def project_(self) -> None:
+        """Restore constraints after an optimiser step. Nothing by default."""
+
+    def save(self, path: Path | str) -> None:
+        """Write a directory holding weights.safetensors and dictionary.json; replaces an earlier one atomically."""
+        with atomic_directory(path) as directory:
+            save_tensors(directory / "weights.safetensors", self.state_dict())
+            write_json(directory / "dictionary.json", {
+                "format": _FORMAT,
+                "config": self.config.model_dump(mode="json"),
+                "dims": self.dims.model_dump(mode="json"),
+            })  # fmt: skip
+
+    @classmethod
+    def load(cls, path: Path | str) -> Self:
+        """Load what ``save`` wrote. ValueError when it is damaged or of another architecture."""
+        path = Path(path)
+        source = path / "dictionary.json"
+        description = read_description(path)
+        config = parse_section(cls.Config, description["config"], "config", source)
+        module = cls(config, parse_section(ModelDims, description["dims"], "dims", source))
+        weights = load_tensors(path / "weights.safetensors", "train the run again")
+        try:
+            module.load_state_dict(weights)
+        except RuntimeError as error:
+            reason = " ".join(str(error).split())
+            raise ValueError(f"{path}/weights.safetensors does not fit {source} ({reason}); "
+                             "train the run again") from error  # fmt: skip
+        return module.eval()
+
+
+class Dictionary(Trainable):
+    """A sparse dictionary over attention activations."""
+
     @property
     @abstractmethod
     def target_sites(self) -> tuple[Site, ...]:
@@ -215,10 +267,6 @@ class Dictionary(nn.Module, ABC):
         """The true target in normalised units: centred by the training mean, scaled to E||y||^2 = D per site."""
 
     @abstractmethod
-    def loss(self, batch: Batch, progress: float = 1.0) -> Loss:
-        """The training loss of a batch (squared error summed over D, mean over counted positions, plus penalties)."""
-
-    @abstractmethod
     def denormalise(self, prediction: Float[Tensor, "B T D"]) -> dict[Site, Tensor]:
         """Turn a normalised prediction into raw activations per target site, in the site's own shape."""
 
@@ -229,20 +277,6 @@ class Dictionary(nn.Module, ABC):
     @abstractmethod
     def head_loadings(self) -> Float[Tensor, "F heads"] | None:
         """The head loading vector of every feature, or None where features have no fixed heads."""
-
-    @abstractmethod
-    def start_(self, batches: Sequence[Batch], weights: Mapping[int, LayerWeights], generator: torch.Generator) -> None:
-        """Set normalisation, weights and thresholds from training batches. Random choices come from ``generator``."""
-
-    @abstractmethod
-    def parameter_groups(self) -> list[ParameterGroup]:
-        """Every trainable parameter exactly once, grouped by learning rate."""
-
-    def calibrate_(self, batches: Sequence[Batch]) -> None:
-        """Fix what inference needs and training does not (thresholds). Nothing by default."""
-
-    def project_(self) -> None:
-        """Restore constraints after an optimiser step. Nothing by default."""
 
     @abstractmethod
     def folded(self) -> "Dictionary":
@@ -258,33 +292,6 @@ class Dictionary(nn.Module, ABC):
     def reconstruct(self, batch: Batch) -> dict[Site, Tensor]:
         """Raw predicted activations per target site, in the site's own shape."""
         return self.denormalise(self.decode(self.encode(batch), batch))
-
-    def save(self, path: Path | str) -> None:
-        """Write a directory holding weights.safetensors and dictionary.json; replaces an earlier one atomically."""
-        with atomic_directory(path) as directory:
-            save_tensors(directory / "weights.safetensors", self.state_dict())
-            write_json(directory / "dictionary.json", {
-                "format": _FORMAT,
-                "config": self.config.model_dump(mode="json"),
-                "dims": self.dims.model_dump(mode="json"),
-            })  # fmt: skip
-
-    @classmethod
-    def load(cls, path: Path | str) -> "Dictionary":
-        """Load what ``save`` wrote. ValueError when it is damaged or of another architecture."""
-        path = Path(path)
-        source = path / "dictionary.json"
-        description = read_description(path)
-        config = parse_section(cls.Config, description["config"], "config", source)
-        module = cls(config, parse_section(ModelDims, description["dims"], "dims", source))
-        weights = load_tensors(path / "weights.safetensors", "train the run again")
-        try:
-            module.load_state_dict(weights)
-        except RuntimeError as error:
-            reason = " ".join(str(error).split())
-            raise ValueError(f"{path}/weights.safetensors does not fit {source} ({reason}); "
-                             "train the run again") from error  # fmt: skip
-        return module.eval()
 
 
 def read_description(path: Path | str) -> dict[str, Any]:

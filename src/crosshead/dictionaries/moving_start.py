@@ -138,7 +138,7 @@ def fit_scales_(module: Moving, batches: Sequence[Batch], mover: Int[Tensor, " F
     for b in batches:
         error = (module.target(b) - module.decode(module.encode(b), b))[b.mask]
         remaining = remaining + error.mean(0) / len(batches)
-    module.decoder_bias += remaining
+    module.decoder_bias.add_(remaining)
 
 
 @torch.no_grad()

@@ -47,9 +47,17 @@ def overlap(a: Sequence[Point], b: Sequence[Point]) -> tuple[float, float] | Non
     return (low, high) if low < high else None
 
 
-def geometric_mean_ratio(a: Sequence[Point], b: Sequence[Point], *, grid: int = 33) -> float | None:
-    """Geometric mean of MSE(a) / MSE(b) over the L0 range both cover; None where they do not meet."""
+def geometric_mean_ratio(
+    a: Sequence[Point], b: Sequence[Point], *, within: tuple[float, float] | None = None, grid: int = 33
+) -> float | None:
+    """Geometric mean of MSE(a) / MSE(b) over the L0 range both cover, or its part ``within`` a range of L0.
+
+    None where they do not meet (there).
+    """
     common = overlap(a, b)
+    if common is not None and within is not None:
+        low, high = max(common[0], within[0]), min(common[1], within[1])
+        common = (low, high) if low < high else None
     if common is None:
         return None
     at = np.linspace(*common, grid)

@@ -1,68 +1,143 @@
-"""The report's two forms: Markdown, and one self-contained HTML page made from it. Computes nothing."""
+"""The report as Markdown. Computes nothing."""
 
-import base64
-import html
 import re
 from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-__all__ = ["render_html", "render_markdown"]
+from crosshead.reporting.tables import Column, Record, markdown_table
 
-Record = dict[str, Any]
-
-
-class _Column(NamedTuple):
-    title: str
-    key: str
-    form: str = "{}"
+__all__ = ["anchor", "render_markdown"]
 
 
 _RUNS = (
-    _Column("run", "run"), _Column("layers", "layers"), _Column("target", "target"),
-    _Column("features", "features", "{:,}"), _Column("heads", "heads_per_feature"), _Column("L0", "l0", "{:.1f}"),
-    _Column("normalised MSE", "normalised_mse", "{:.4f}"), _Column("refitted", "normalised_mse_refit", "{:.4f}"),
-    _Column("dead", "dead_fraction", "{:.1%}"), _Column("control", "control"), _Column("seed", "seed"),
-    _Column("parameters", "parameters", "{:,}"), _Column("tokens trained", "tokens_trained", "{:,}"),
-    _Column("held-out tokens", "n_tokens", "{:,}"),
+    Column("run", "run"), Column("layers", "layers"), Column("target", "target"),
+    Column("features", "features", "{:,}"), Column("heads", "heads_per_feature"), Column("L0", "l0", "{:.1f}"),
+    Column("normalised MSE", "normalised_mse", "{:.4f}"), Column("refitted", "normalised_mse_refit", "{:.4f}"),
+    Column("dead", "dead_fraction", "{:.1%}"), Column("control", "control"), Column("seed", "seed"),
+    Column("parameters", "parameters", "{:,}"), Column("tokens trained", "tokens_trained", "{:,}"),
+    Column("held-out tokens", "n_tokens", "{:,}"),
 )  # fmt: skip
 _SPLICED = (
-    _Column("run", "run"), _Column("CE recovered (mean)", "ce_recovered", "{:.3f}"),
-    _Column("CE recovered (zero)", "ce_recovered_zero", "{:.3f}"), _Column("delta CE", "delta_ce", "{:.4f}"),
-    _Column("KL", "kl", "{:.4f}"), _Column("tokens", "n_tokens_spliced", "{:,}"),
-    _Column("L0 query side", "l0_query", "{:.1f}"), _Column("L0 triples", "l0_triples", "{:.1f}"),
-    _Column("heads (mean)", "heads_mean", "{:.2f}"), _Column("identity", "identity_share", "{:.1%}"),
-    _Column("tokens of these", "n_tokens_detail", "{:,}"),
+    Column("run", "run"), Column("CE recovered (mean)", "ce_recovered", "{:.3f}"),
+    Column("CE recovered (zero)", "ce_recovered_zero", "{:.3f}"), Column("delta CE", "delta_ce", "{:.4f}"),
+    Column("KL", "kl", "{:.4f}"), Column("tokens", "n_tokens_spliced", "{:,}"),
+    Column("L0 query side", "l0_query", "{:.1f}"), Column("L0 triples", "l0_triples", "{:.1f}"),
+    Column("heads (mean)", "heads_mean", "{:.2f}"), Column("identity", "identity_share", "{:.1%}"),
+    Column("tokens of these", "n_tokens_detail", "{:,}"),
 )  # fmt: skip
 _MATCHED = (
-    _Column("L0", "l0"), _Column("MTC", "mtc", "{:.4f}"), _Column("Top-1", "top1", "{:.4f}"),
-    _Column("MTC, L1 form", "mtc_l1", "{:.4f}"), _Column("linear Top-1", "linear_top1", "{:.4f}"),
-    _Column("attention output SAE (query side)", "attention_output_sae", "{:.4f}"),
+    Column("L0", "l0"), Column("MTC", "mtc", "{:.4f}"), Column("Top-1", "top1", "{:.4f}"),
+    Column("MTC, L1 form", "mtc_l1", "{:.4f}"), Column("linear Top-1", "linear_top1", "{:.4f}"),
+    Column("attention output SAE (query side)", "attention_output_sae", "{:.4f}"),
 )  # fmt: skip
 _HEADS = (
-    _Column("layer", "layer"), _Column("head", "head"), _Column("induction", "induction", "{:.3f}"),
-    _Column("previous token", "previous_token", "{:.3f}"), _Column("duplicate token", "duplicate_token", "{:.3f}"),
-    _Column("first token", "first_token", "{:.3f}"),
+    Column("layer", "layer"), Column("head", "head"), Column("induction", "induction", "{:.3f}"),
+    Column("previous token", "previous_token", "{:.3f}"), Column("duplicate token", "duplicate_token", "{:.3f}"),
+    Column("first token", "first_token", "{:.3f}"),
 )  # fmt: skip
 _CLUSTERS = (
-    _Column("loadings", "source"), _Column("k", "k"), _Column("seed", "seed"), _Column("alpha", "alpha", "{:.2f}"),
-    _Column("x_min", "x_min"), _Column("KS", "ks", "{:.3f}"), _Column("p", "p_value", "{:.2f}"),
-    _Column("rival wins", "winner"), _Column("non-empty", "n_clusters"),
+    Column("loadings", "source"), Column("k", "k"), Column("seed", "seed"), Column("alpha", "alpha", "{:.2f}"),
+    Column("x_min", "x_min"), Column("KS", "ks", "{:.3f}"), Column("p", "p_value", "{:.2f}"),
+    Column("rival wins", "winner"), Column("non-empty", "n_clusters"),
 )  # fmt: skip
 _AUDIT = (
-    _Column("run", "run"), _Column("architecture", "architecture"), _Column("target", "target"),
-    _Column("heads", "heads_per_feature"), _Column("sparsity", "sparsity"),
-    _Column("reported", "normalised_mse", "{:.6f}"), _Column("recomputed", "recomputed", "{:.6f}"),
-    _Column("difference", "difference", "{:.1e}"),
-    _Column("agrees", "agrees"), _Column("not audited because", "reason"),
+    Column("run", "run"), Column("architecture", "architecture"), Column("target", "target"),
+    Column("heads", "heads_per_feature"), Column("sparsity", "sparsity"),
+    Column("reported", "normalised_mse", "{:.6f}"), Column("recomputed", "recomputed", "{:.6f}"),
+    Column("difference", "difference", "{:.1e}"),
+    Column("agrees", "agrees"), Column("not audited because", "reason"),
 )  # fmt: skip
 _REFERENCES = (
-    _Column("R", "rank"), _Column("linear Top-1 at L0 = R", "linear", "{:.4f}"),
-    _Column("SVD of rank R", "svd", "{:.4f}"),
+    Column("R", "rank"), Column("linear Top-1 at L0 = R", "linear", "{:.4f}"),
+    Column("SVD of rank R", "svd", "{:.4f}"),
 )  # fmt: skip
+_VERDICTS = (
+    Column("claim", "link"),
+    Column("verdict", "word"),
+    Column("because", "because"),
+    Column("regenerate", "command"),
+)
+_NULLS = (
+    Column("run, on the planted output", "run"),
+    Column("L0", "l0", "{:.1f}"),
+    Column("normalised MSE", "normalised_mse", "{:.4f}"),
+    Column("heads (mean)", "participation_ratio_mean", "{:.2f}"),
+    Column("identity", "identity_share", "{:.1%}"),
+    Column("seed", "seed"),
+    Column("held-out tokens", "n_tokens", "{:,}"),
+)
+_RECOVERY = (
+    Column("layer", "layer"),
+    Column("architecture", "architecture"),
+    Column("seed", "seed"),
+    Column("recovered", "share_recovered", "{:.1%}"),
+    Column("cosine of encoders", "cosine_encoder", "{:.3f}"),
+    Column("decoders", "cosine_decoder", "{:.3f}"),
+    Column("loadings", "cosine_loadings", "{:.3f}"),
+    Column("error in heads", "heads_error", "{:.2f}"),
+    Column("error in OV dimension", "ov_dimension_error", "{:.2f}"),
+    Column("clusters (Rand)", "adjusted_rand", "{:.2f}"),
+    Column("L0", "l0", "{:.1f}"),
+    Column("normalised MSE", "normalised_mse", "{:.4f}"),
+    Column("condition number", "condition_number", "{:.0f}"),
+)
+_PLANTED_RATIOS = (
+    Column("layer", "layer"),
+    Column("seed", "seed"),
+    Column("noise", "noise"),
+    Column("MTC over Top-1", "ratio", "{:.3f}"),
+    Column("one-head null", "null_ratio", "{:.3f}"),
+    Column("said to be superposed", "superposed"),
+)
+_PLANTED_LAYERS = (
+    Column("two layers", "layers"),
+    Column("features in both", "shared", "{:.0%}"),
+    Column("control", "control"),
+    Column("seed", "seed"),
+    Column("objective ratio", "ratio", "{:.3f}"),
+    Column("sharing found", "found"),
+    Column("features recovered", "share_recovered", "{:.1%}"),
+)
+_TOYS = (
+    Column("trained toy", "toy"),
+    Column("seed", "seed"),
+    Column("accuracy", "accuracy", "{:.1%}"),
+    Column("MTC over Top-1", "ratio", "{:.3f}"),
+    Column("one-head null", "null_ratio", "{:.3f}"),
+    Column("said to be superposed", "superposed"),
+)
+_MEANING = (
+    Column("run", "run"),
+    Column("live features", "n_live", "{:,}"),
+    Column("moved from", "from", "{:.3f}"),
+    Column("95%", "from_interval"),
+    Column("shuffled", "from_shuffled", "{:.3f}"),
+    Column("moved to", "to", "{:.3f}"),
+    Column("95%", "to_interval"),
+    Column("shuffled", "to_shuffled", "{:.3f}"),
+    Column("attends over (tokens)", "breadth", "{:.2f}"),
+    Column("95%", "breadth_interval"),
+)
+_ENRICHED = (
+    Column("run", "run"),
+    Column("k", "k"),
+    Column("cluster", "cluster"),
+    Column("size", "size"),
+    Column("label", "label"),
+    Column("features with it", "n"),
+    Column("expected", "expected", "{:.1f}"),
+    Column("q", "q_value", "{:.1e}"),
+)
+_EXAMPLES = (
+    Column("run", "run"),
+    Column("feature", "feature"),
+    Column("label", "label"),
+    Column("text", "text"),
+)
 _CLEAREST_HEADS = 10
+_SHOWN = 15
 
 
 def render_markdown(metrics: Record, findings: Sequence[Any]) -> str:
@@ -79,24 +154,88 @@ def render_markdown(metrics: Record, findings: Sequence[Any]) -> str:
         m=_Dotted(metrics),
         findings=findings,
         table=lambda text: text,
-        heads=_table(_HEADS, clearest),
-        runs=_table(_RUNS, metrics["frontier"]),
-        spliced=_table(_SPLICED, [row | _spread_over_heads(row) for row in metrics["frontier"]]),
-        matched=_table(_MATCHED, metrics["matched_l0"]),
-        references=_table(_REFERENCES, rows),
-        clusters=_table(_CLUSTERS, [c | {"winner": _winner(c)} for c in metrics["clusters"]]),
+        verdicts=markdown_table(_VERDICTS, [_verdict_row(finding) for finding in findings]),
+        nulls=metrics["nulls"] and markdown_table(_NULLS, metrics["nulls"]["rows"]),
+        planted=metrics["planted"] and _planted(metrics["planted"]["rows"]),
+        meaning=metrics["meaning"] and _meaning(metrics["meaning"]),
+        heads=markdown_table(_HEADS, clearest),
+        runs=markdown_table(_RUNS, metrics["frontier"]),
+        spliced=markdown_table(_SPLICED, [row | _spread_over_heads(row) for row in metrics["frontier"]]),
+        matched=markdown_table(_MATCHED, metrics["matched_l0"]),
+        references=markdown_table(_REFERENCES, rows),
+        clusters=markdown_table(_CLUSTERS, [c | {"winner": _winner(c)} for c in metrics["clusters"]]),
         smallest_k=min((c["k"] for c in metrics["clusters"]), default="any"),
-        audit=_table(_AUDIT, metrics["audit"]["runs"]),
-        inputs={label: _table(_RUNS, other["frontier"]) for label, other in metrics["inputs"].items()},
+        audit=markdown_table(_AUDIT, metrics["audit"]["runs"]),
+        inputs={label: markdown_table(_RUNS, other["frontier"]) for label, other in metrics["inputs"].items()},
     )
 
 
-def render_html(markdown: str, figures: Path) -> str:
-    """One page with nothing outside it: pictures become data URIs, tables scroll, numbers align to the right."""
-    body = _Html(figures).convert(markdown)
-    environment = Environment(loader=PackageLoader("crosshead.reporting"), undefined=StrictUndefined, autoescape=False)
-    title = html.escape(markdown.splitlines()[0].lstrip("# "))
-    return environment.get_template("page.html.jinja").render(title=title, body=body) + "\n"
+def anchor(title: str) -> str:
+    """The fragment that leads to a heading, as GitHub makes it."""
+    return re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-")
+
+
+def _verdict_row(finding: Any) -> Record:
+    return {
+        "link": f"[{finding.title}](#{anchor(finding.title)})",
+        "word": f"**{finding.verdict.upper()}.**",
+        "because": finding.reason,
+        "command": f"`{finding.commands}`",
+    }
+
+
+def _planted(rows: Sequence[Record]) -> Record:
+    """Tables of the planted suite, one per question that was asked."""
+    columns = {"recovery": _RECOVERY, "superposition": _PLANTED_RATIOS, "shared_layers": _PLANTED_LAYERS, "toys": _TOYS}
+    by_question: dict[str, list[Record]] = {}
+    for row in rows:
+        by_question.setdefault(row["question"], []).append(row)
+    tables = {name: markdown_table(columns[name], own) for name, own in by_question.items() if name in columns}
+    tables["layers"] = tables.pop("shared_layers", "")
+    return _Dotted(
+        dict.fromkeys(("recovery", "superposition", "toys"), "") | tables | {"phases": "phases" in by_question}
+    )
+
+
+def _meaning(meaning: Record) -> Record:
+    labels = list(dict.fromkeys(label for found in meaning["runs"].values() for label in found["labels"]))
+    counted = [{"run": run} | {label: _counted(found["labels"].get(label)) for label in labels}
+               for run, found in meaning["runs"].items()]  # fmt: skip
+    columns = [Column("run", "run"), *(Column(f"{label.replace('_', ' ')} (expected)", label) for label in labels)]
+    enriched = sorted((e for e in meaning["enrichment"] if e["q_value"] <= 0.05), key=lambda e: e["q_value"])
+    examples = [
+        {"run": run, "feature": example["feature"], "label": example["label"], "text": _quoted(text)}
+        for run, found in meaning["runs"].items()
+        for example in found["examples"]
+        for text in example["texts"][:1]
+    ]
+    return _Dotted({
+        "labels": markdown_table(columns, counted),
+        "numbers": markdown_table(_MEANING, [_numbers(run, found) for run, found in meaning["runs"].items()]),
+        "enriched": markdown_table(_ENRICHED, enriched[:_SHOWN]) if enriched else "",
+        "examples": markdown_table(_EXAMPLES, examples) if examples else "",
+    })  # fmt: skip
+
+
+def _counted(label: Record | None) -> str | None:
+    return None if label is None else f"{label['count']} ({label['expected']:.1f})"
+
+
+def _numbers(run: str, found: Record) -> Record:
+    row: Record = {"run": run, "n_live": found["n_live"]}
+    values = dict(found["predictability"]) | ({"breadth": found["breadth"]} if found["breadth"] else {})
+    for name, value in values.items():
+        if value is None:
+            continue
+        interval = value["interval"]
+        row |= {name: value["median"], f"{name}_shuffled": value.get("shuffled"),
+                f"{name}_interval": interval and f"{interval[0]:.3f} to {interval[1]:.3f}"}  # fmt: skip
+    return row
+
+
+def _quoted(text: str) -> str:
+    """Text of the corpus as one table cell: nothing in it is read as Markdown."""
+    return "`" + re.sub(r"\s+", " ", text).replace("`", "'").replace("|", "/").strip() + "`"
 
 
 def _spread_over_heads(row: Record) -> Record:
@@ -119,76 +258,3 @@ class _Dotted(dict):
 def _winner(cluster: Record) -> str:
     ratios: Mapping[str, Record] = cluster["likelihood_ratios"] or {}
     return ", ".join(name.replace("_", " ") for name, r in ratios.items() if r["ratio"] < 0 and r["p_value"] < 0.05)
-
-
-def _table(columns: Sequence[_Column], rows: Sequence[Record]) -> str:
-    """A Markdown table without columns that are empty in every row."""
-    cells = [[_cell(column, row.get(column.key)) for column in columns] for row in rows]
-    kept = [i for i in range(len(columns)) if any(row[i] for row in cells)]
-    lines = ["| " + " | ".join(columns[i].title for i in kept) + " |", "|" + "|".join(
-        "---:" if all(_is_number(row[i]) for row in cells) else "---" for i in kept) + "|"]  # fmt: skip
-    lines += ["| " + " | ".join(row[i] for i in kept) + " |" for row in cells]
-    return "\n".join(lines)
-
-
-def _cell(column: _Column, value: Any) -> str:
-    if value is None:
-        return ""
-    if isinstance(value, bool):
-        return "yes" if value else "NO"
-    if isinstance(value, list | tuple):
-        return ", ".join(map(str, value))
-    return column.form.format(value)
-
-
-def _is_number(text: str) -> bool:
-    return re.fullmatch(r"-?[\d,.]*(e-?\d+)?%?", text) is not None
-
-
-class _Html:
-    """The Markdown that our own template writes - headings, lists, tables, pictures - and no more."""
-
-    def __init__(self, figures: Path):
-        self.figures = figures
-
-    def convert(self, markdown: str) -> str:
-        blocks = re.split(r"\n\s*\n", markdown.strip())
-        return "\n".join(self._block(block.strip("\n")) for block in blocks)
-
-    def _block(self, block: str) -> str:
-        if heading := re.match(r"(#{1,3}) (.*)", block):
-            level, rest = len(heading[1]), block[heading.end() :].strip()
-            return f"<h{level}>{self._inline(heading[2])}</h{level}>" + (self._block(rest) if rest else "")
-        if picture := re.fullmatch(r"!\[(.*?)\]\(figures/(.*?)\)", block):
-            data = base64.b64encode((self.figures / picture[2]).read_bytes()).decode()
-            return f'<img alt="{html.escape(picture[1])}" src="data:image/png;base64,{data}">'
-        lines = block.splitlines()
-        if block.startswith("|"):
-            return self._table(lines)
-        if block.startswith("- "):
-            return "<ul>" + "".join(f"<li>{self._inline(line[2:])}</li>" for line in lines) + "</ul>"
-        return f"<p>{self._inline(' '.join(lines))}</p>"
-
-    def _table(self, lines: list[str]) -> str:
-        rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
-        kinds = ["number" if cell.endswith(":") else "text" for cell in rows[1]]
-        head = "".join(f'<th class="{k}">{self._inline(c)}</th>' for k, c in zip(kinds, rows[0], strict=True))
-        body = "".join(
-            "<tr>"
-            + "".join(f'<td class="{k}">{self._inline(c)}</td>' for k, c in zip(kinds, row, strict=True))
-            + "</tr>"
-            for row in rows[2:]
-        )
-        return f'<div class="table"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
-
-    def _inline(self, text: str) -> str:
-        text = html.escape(text, quote=False)
-        text = re.sub(r"\*\*(SUPPORTS|CONTRADICTS|INCONCLUSIVE)\.\*\*", self._verdict, text)
-        text = re.sub(r"\*\*(.+?)\*\*", r"<strong>\1</strong>", text)
-        text = re.sub(r"(?<!\w)\*(.+?)\*(?!\w)", r"<em>\1</em>", text)
-        return re.sub(r"`(.+?)`", r"<code>\1</code>", text)
-
-    @staticmethod
-    def _verdict(match: re.Match[str]) -> str:
-        word = match[1].lower()
-        return f'<span class="verdict {word}">{word}</span>'

@@ -18,7 +18,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from tqdm import tqdm
 
-from crosshead.dictionaries.base import Batch, Dictionary, LayerWeights
+from crosshead.dictionaries.base import Batch, LayerWeights, Trainable
 from crosshead.io.files import read_json, recover_directory, write_json
 from crosshead.maths.engine import Engine
 from crosshead.training.checkpoint import load_checkpoint, save_checkpoint
@@ -116,7 +116,7 @@ class FitResult(NamedTuple):
 
 
 def fit(
-    module: Dictionary,
+    module: Trainable,
     train: BatchSource,
     heldout: BatchSource,
     weights: Mapping[int, LayerWeights],
@@ -174,7 +174,7 @@ class _Session:
     """The moving parts of one run: optimiser, step, counters, history."""
 
     def __init__(
-        self, module: Dictionary, config: TrainingConfig, identity: str, work: Path, on_metrics: OnMetrics | None
+        self, module: Trainable, config: TrainingConfig, identity: str, work: Path, on_metrics: OnMetrics | None
     ):
         self.module, self.config, self.identity, self.work = module, config, identity, work
         self.on_metrics = on_metrics

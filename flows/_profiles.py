@@ -1,0 +1,197 @@
+"""Parameters of the evidence and gpu profiles: the laptop's at other sizes, with other runs."""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from crosshead.io.settings import read_sections
+
+__all__ = ["ROOT", "derived_parameters"]
+
+ROOT = Path(__file__).resolve().parents[1]
+
+Sections = dict[str, Any]
+
+
+def derived_parameters(profile: str) -> str:
+    """The evidence or gpu parameter file, from the laptop's."""
+    sections = read_sections(ROOT / "params.yaml")
+    home = f"flows/profiles/{profile}"
+    sections["profile"] = profile
+    sections["paths"] = {
+        "root": "../../..",
+        "params": f"{home}/params.yaml",
+        "data": f"data/{profile}",
+        "reports": f"reports/{profile}",
+        "inputs": f"{home}/inputs",
+    }
+    if (path := ROOT / "flows" / "profiles" / profile / "params.yaml").exists():
+        # Prices are measured on the machine a profile is for (`make calibrate PROFILE=...`), so each keeps its own.
+        own = read_sections(path).get("training", {}).get("engine", {})
+        sections["training"]["engine"] |= {"costs": own["costs"]} if "costs" in own else {}
+    note = {"evidence": _evidence, "gpu": _gpu}[profile](sections)
+    lines = [f"# {note}", "# Written by `make sync` from the root's params.yaml; change flows/sync.py instead."]
+    for name, section in sections.items():
+        entries = section.items() if isinstance(section, dict) and section else ()
+        lines += [f"{name}:", *(f"  {key}: {_inline(value)}" for key, value in entries)] if entries else [
+            f"{name}: {_inline(section)}"]  # fmt: skip
+    return "\n".join(lines) + "\n"
+
+
+def _inline(value: Any) -> str:
+    text = yaml.safe_dump(value, sort_keys=False, default_flow_style=True, width=10**9)
+    return text.removesuffix("\n").removesuffix("\n...")
+
+
+def _evidence(sections: Sections) -> str:
+    sections["corpus"] |= {"heldout_contexts": 128}
+    sections["harvest"]["sites"].append({"layer": "adjacent", "names": ["v", "v_shared_input"]})
+    sections["evaluation"] |= {"splice_contexts": 4}
+    sections["clusters"] |= {"runs": [f"{series}-s{seed}" for series in ("mtc-wide-k60", "value-both-wide-c")
+                                      for seed in _SEEDS], "seeds": 2, "bootstraps": 1000}  # fmt: skip
+    sections["nulls"] = {"teacher": "top1-k110-s0",
+                         "runs": [f"{series}-k{k}-s{seed}" for series in ("mtc", "top1") for k in (60, 110)
+                                  for seed in _SEEDS]}  # fmt: skip
+    sections["planted"] |= {
+        "seeds": list(range(10)), "commit_seed": True,
+        "questions": ["recovery", "superposition", "shared_layers", "toys", "phases"],
+    }  # fmt: skip
+    labelled = ("mtc-k60", "top1-k60", "joint-top1-k60", "attn-out-k60")
+    named = [f"{series}-s{seed}" for series in labelled for seed in _SEEDS]
+    sections["meaning"] |= {"runs": [*named, "value-both-c-s0"]}
+    sections["runs"] = _frontier_runs() | _value_runs() | _ablations() | _settings(sections["training"])
+    return "The evidence profile: every claim with its seeds and controls; hours on two cores, in as many sittings."
+
+
+_SEEDS = (0, 1, 2)
+_KS = (30, 60, 110, 200)
+_COEFFICIENTS = {"a": 4.0, "b": 2.0, "c": 1.0, "d": 0.5}
+_FRONTIERS: dict[str, tuple[str, str, Sections]] = {
+    "mtc": ("mtc", "superposition", {}),
+    "top1": ("mtc", "superposition", {"heads_per_feature": 1}),
+    "joint-top1": ("joint_mtc", "coupling", {"heads_per_feature": 1}),
+    "sae-best-head": ("sae_best_head", "coupling", {}),
+}
+_FIRST_SEED: dict[str, tuple[str, str, Sections]] = {
+    "top1-fixed": ("mtc", "superposition", {"heads_per_feature": 1, "assignment": "fixed"}),
+    "mtc-resid": ("mtc", "superposition", {"target": "resid_out"}),
+    "mtc-nonnegative": ("mtc", "superposition", {"loadings_sign": "nonnegative"}),
+}
+_EVERY_SEED: dict[str, tuple[str, str, Sections]] = {
+    "heads2": ("mtc", "superposition", {"heads_per_feature": 2}),
+    "heads4": ("mtc", "superposition", {"heads_per_feature": 4}),
+    "mtc-penalty-l1": ("mtc", "superposition", {"loadings_penalty": "l1"}),
+    "mtc-penalty-l2": ("mtc", "superposition", {"loadings_penalty": "l2"}),
+    "joint-mtc": ("joint_mtc", "coupling", {}),
+}
+_VALUES: dict[str, tuple[list[str], Sections]] = {
+    "value-first": (["first"], {}),
+    "value-second": (["second"], {}),
+    "value-both": (["first", "second"], {"features": 2048}),
+}
+_VALUE_CONTROLS: dict[str, tuple[list[str], Sections]] = {
+    "value-both-control": (["first", "second"], {"features": 2048, "control": "other_contexts"}),
+    "value-both-matched": (["first", "second"], {"features": 2048, "control": "matched_tokens"}),
+    "value-both-shared": (["first", "second"], {"features": 2048, "control": "shared_input"}),
+    "value-second-shared": (["second"], {"control": "shared_input"}),
+    "value-adjacent": (["adjacent"], {}),
+    "value-near": (["first", "adjacent"], {"features": 2048}),
+    "value-near-control": (["first", "adjacent"], {"features": 2048, "control": "other_contexts"}),
+    "value-near-matched": (["first", "adjacent"], {"features": 2048, "control": "matched_tokens"}),
+    "value-near-shared": (["first", "adjacent"], {"features": 2048, "control": "shared_input"}),
+    "value-adjacent-shared": (["adjacent"], {"control": "shared_input"}),
+}
+
+
+def _frontier_runs() -> Sections:
+    """Four sparsities at three seeds of what the frontiers compare; attention-output SAEs at fewer."""
+    runs: Sections = {}
+    for seed in _SEEDS:
+        for series, (kind, family, own) in _FRONTIERS.items():
+            for k in _KS:
+                runs[f"{series}-k{k}-s{seed}"] = _top_k(kind, series, family, k, seed, own)
+        for k in (15, 30, 60, 110) if seed == 0 else (60,):
+            runs[f"attn-out-k{k}-s{seed}"] = _top_k("attn_out_sae", "attn-out-sae", "attention-output", k, seed)
+    return runs
+
+
+def _value_runs() -> Sections:
+    """One layer, the other, both at three seeds; controls and the adjacent pair at one."""
+    runs: Sections = {}
+    for seed in _SEEDS:
+        for series, (layers, own) in (_VALUES | (_VALUE_CONTROLS if seed == 0 else {})).items():
+            for letter, coefficient in _COEFFICIENTS.items():
+                runs[f"{series}-{letter}-s{seed}"] = _value(series, layers, coefficient, seed, own)
+        wide = _value("value-both-wide", ["first", "second"], 1.0, seed, {"features": 4096})
+        runs[f"value-both-wide-c-s{seed}"] = wide
+    return runs
+
+
+def _ablations() -> Sections:
+    """Two sparsities each, at three seeds where a rule asks for them, else at one; wide dictionaries for clusters."""
+    runs: Sections = {}
+    for seed in _SEEDS:
+        for series, (kind, family, own) in (_EVERY_SEED | (_FIRST_SEED if seed == 0 else {})).items():
+            for k in (60, 110):
+                runs[f"{series}-k{k}-s{seed}"] = _top_k(kind, series, family, k, seed, own)
+        runs[f"mtc-wide-k60-s{seed}"] = _top_k("mtc", "mtc-wide", "superposition", 60, seed, {"features": 4096})
+    for letter, coefficient in {"a": 2.0, "b": 1.0, "c": 0.5, "d": 0.25}.items():
+        sparsity = {"kind": "l1", "coefficient": coefficient, "negative_coefficient": 0.0005}
+        own = _top_k("mtc", "mtc-l1", "superposition", 0, 0)
+        runs[f"mtc-l1-{letter}-s0"] = own | {"sparsity": sparsity}
+    return runs
+
+
+def _settings(training: Sections) -> Sections:
+    """MTC and Top-1 at one sparsity from three starts, at three learning rates and two lengths."""
+    starts: dict[str, Sections] = {
+        "maps": {"start": "value_maps", "start_tokens": "uniform"},
+        "energy": {"start": "value_maps", "start_tokens": "energy"},
+        "random": {"start": "random"},
+    }
+    runs: Sections = {}
+    for start, own in starts.items():
+        for rate in (0.5, 1.0, 2.0):
+            for length in (0.5, 1.0):
+                for series, heads in (("mtc", {}), ("top1", {"heads_per_feature": 1})):
+                    run = _top_k("mtc", f"{series}-settings", "robustness", 60, 0, own | heads)
+                    run["training"] = {"learning_rate": rate * training["learning_rate"],
+                                       "steps": round(length * training["steps"])}  # fmt: skip
+                    runs[f"{series}-{start}-rate{rate:g}-length{length:g}"] = run
+    return runs
+
+
+def _top_k(kind: str, series: str, family: str, k: int, seed: int, own: Sections | None = None) -> Sections:
+    sparsity = {"kind": "batch_topk", "k": k}
+    return {"kind": kind, "series": series, "family": family, "layers": ["first"], "seed": seed, "sparsity": sparsity,
+            **copy.deepcopy(own or {})}  # fmt: skip
+
+
+def _value(series: str, layers: list[str], coefficient: float, seed: int, own: Sections) -> Sections:
+    sparsity = {"kind": "l1", "coefficient": coefficient, "negative_coefficient": 0.001}
+    return {"kind": "value_sae", "series": series, "family": "value-layers", "layers": list(layers), "seed": seed,
+            "sparsity": sparsity, **copy.deepcopy(own)}  # fmt: skip
+
+
+def _gpu(sections: Sections) -> str:
+    sections["machine"] = {"device": "cuda", "threads": 8}
+    sections["corpus"] |= {"train_contexts": 8192, "heldout_contexts": 256, "contexts_per_document": 256}
+    sections["harvest"] |= {"batch_contexts": 64, "shard_contexts": 256}
+    sections["training"] |= {
+        "steps": 8000, "contexts_per_batch": 16, "warmup_steps": 400, "learning_rate": 1e-3, "autocast": "bf16",
+        "evaluate_every": 1000, "checkpoint_every": 1000, "start_contexts": 64, "calibrate_contexts": 128,
+    }  # fmt: skip
+    sections["training"]["engine"] |= {"tile_mib": 256.0, "shares_mib": 1024.0}
+    for kind in ("mtc", "joint_mtc", "sae_best_head"):
+        sections["dictionaries"][kind]["features"] = 100_000
+    for defaults in sections["dictionaries"].values():
+        defaults.pop("training", None)
+    for run in sections["runs"].values():
+        run.pop("training", None)
+    sections["evaluation"] |= {"splice_contexts": 64}
+    return (
+        "The gpu profile: 100,000 features per MTC, 33 million tokens (16 passes; a hub corpus has more), bf16.\n"
+        "# The prices in training.engine.costs are a CPU's until `make calibrate PROFILE=gpu` has run on the GPU."
+    )

@@ -1,0 +1,123 @@
+"""Attention output SAEs: what their features are, and induction features on induction heads."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from crosshead.analysis.rules import COHERENT_LIFT, SEEDS_TO_DECIDE, Decision, Finding, Record, commands, too_few
+
+__all__ = ["decide_heads", "decide_labels", "findings"]
+
+_WANTED = ("induction", "succession")
+
+
+def findings(metrics: Record, config: Any) -> list[Finding | None]:
+    """Induction and succession among attention-output features; MTC induction features on induction heads."""
+    return [_attention_output(metrics, config), _induction_heads(metrics, config)]
+
+
+def _attention_output(metrics: Record, config: Any) -> Finding | None:
+    rows = [r for r in metrics["frontier"] if r["series"] == config.attention_output]
+    mtc = [r for r in metrics["frontier"] if r["series"] == config.mtc]
+    if not rows or not mtc:
+        return None
+    at = min(rows, key=lambda r: (r["seed"], abs(r["l0"] - 60)))
+    near = min(mtc, key=lambda r: (r["seed"], abs(r["l0"] - at["l0"])))
+    labelled = _labelled(metrics, config.attention_output)
+    verdict, reason = decide_labels([(seed, found["labels"]) for seed, _, found in labelled])
+    counts = "".join(
+        f" {run}: "
+        + ", ".join(
+            f"{found['labels'][label]['count']} {label} features ({found['labels'][label]['expected']:.1f} expected)"
+            for label in _WANTED
+            if label in found["labels"]
+        )
+        + f" of {found['n_live']:,} live."
+        for _, run, found in labelled[:1]
+    )
+    return Finding(
+        key="attention-output",
+        title="Attention output SAE",
+        claim="SAEs on attention outputs find interpretable features, induction and succession features among them.",
+        figure=f"{at['run']}: normalised MSE {at['normalised_mse']:.4f} at L0 {at['l0']:.0f} (query side), "
+        f"{at['dead_fraction']:.0%} of features dead on {at['n_tokens']:,} held-out tokens, cross-entropy recovered "
+        f"{_share(at['ce_recovered'])} ({at['n_tokens_spliced']:,} tokens).{counts}",
+        control=f"{near['run']}, which predicts the same output from the layer's input: {near['normalised_mse']:.4f} at L0 "
+        f"{near['l0']:.0f} (key side), {near['dead_fraction']:.0%} dead, {_share(near['ce_recovered'])} recovered. Expected "
+        "label counts are those of shuffled positions.",
+        verdict=verdict,
+        rule=f"Supports when both kinds are found at {SEEDS_TO_DECIDE} seeds or more, {COHERENT_LIFT:g} times as often as "
+        f"expected; contradicts when neither is at any.",
+        reason=reason,
+        picture="attention_output_frontier.png",
+        commands=commands(metrics, "meaning", "report"),
+    )
+
+
+def _labelled(metrics: Record, series: str) -> list[tuple[int, str, Record]]:
+    if metrics["meaning"] is None:
+        return []
+    rows = {row["run"]: row for row in metrics["frontier"]}
+    return sorted(((rows[run]["seed"], run, found) for run, found in metrics["meaning"]["runs"].items()
+                   if run in rows and rows[run]["series"] == series), key=lambda item: item[:2])  # fmt: skip
+
+
+def decide_labels(labels: Sequence[tuple[int, Record]]) -> Decision:
+    """``labels``: seed and ``{label: {count, expected}}`` of every attention-output SAE."""
+    seeds = {seed for seed, _ in labels}
+    if (few := too_few(len(seeds))) is not None:
+        return few
+    found = {label: [label in own and own[label]["count"] >= COHERENT_LIFT * max(1.0, own[label]["expected"])
+                     for _, own in labels] for label in _WANTED}  # fmt: skip
+    if all(all(each) for each in found.values()):
+        return Decision("supports", "both kinds at every seed")
+    if not any(any(each) for each in found.values()):
+        return Decision("contradicts", "neither kind at any seed")
+    return Decision(
+        "inconclusive", "; ".join(f"{label} at {sum(each)} of {len(each)}" for label, each in found.items())
+    )
+
+
+def _induction_heads(metrics: Record, config: Any) -> Finding | None:
+    labelled = [(seed, run, found) for seed, run, found in _labelled(metrics, config.mtc) if found["induction_heads"]]
+    if not labelled:
+        return None
+    _, run, found = labelled[0]
+    heads = found["induction_heads"]
+    verdict, reason = decide_heads([(seed, each["induction_heads"]) for seed, _, each in labelled])
+    return Finding(
+        key="induction-heads",
+        title="Induction features on induction heads",
+        claim="Induction features are moved by the heads that attend like induction heads.",
+        figure=f"{run}: {_percent(heads['share_on_survey_heads'])} of what its induction features move goes through the "
+        f"survey's induction heads ({', '.join('{layer}.{head}'.format(**head) for head in heads['survey_heads'])}); "
+        f"{found['labels']['induction']['count']} induction features.",
+        control=f"All features of the same dictionary: {_percent(heads['expected_share'])}.",
+        verdict=verdict,
+        rule=f"Supports when the share is above that of all features at {SEEDS_TO_DECIDE} seeds or more, contradicts when "
+        f"below at all.",
+        reason=reason,
+        picture=None,
+        commands=commands(metrics, "meaning", "report"),
+    )
+
+
+def decide_heads(shares: Sequence[tuple[int, Record]]) -> Decision:
+    """``shares``: seed and ``{share_on_survey_heads, expected_share}`` of every MTC."""
+    known = [
+        (seed, s) for seed, s in shares if s["share_on_survey_heads"] is not None and s["expected_share"] is not None
+    ]
+    seeds = {seed for seed, _ in known}
+    if (few := too_few(len(seeds))) is not None:
+        return few
+    above = [s["share_on_survey_heads"] > s["expected_share"] for _, s in known]
+    if all(above):
+        return Decision("supports", "above at every seed")
+    return Decision("inconclusive" if any(above) else "contradicts", f"above at {sum(above)} of {len(above)}")
+
+
+def _share(value: float | None) -> str:
+    return "unknown" if value is None else f"{value:.2f}"
+
+
+def _percent(value: float | None) -> str:
+    return "unknown" if value is None else f"{value:.0%}"

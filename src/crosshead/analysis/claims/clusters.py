@@ -1,0 +1,216 @@
+"""Clusters in head-loading space: what they mean, how large they are, whether OV dimensions come in families."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from crosshead.analysis.rules import COHERENT_LIFT, SEEDS_TO_DECIDE, Decision, Finding, Record, commands, too_few
+
+__all__ = ["decide_dimensions", "decide_power_law", "decide_semantic", "findings"]
+
+_ALPHA = 0.1  # Clauset, Shalizi and Newman's bar for ruling a power law out
+_BOOTSTRAPS_TO_DECIDE = 1000
+_SIZES_TO_DECIDE = 3  # values of k
+
+
+def findings(metrics: Record, config: Any) -> list[Finding | None]:
+    """Semantic clusters, OV dimensions, power laws of every clustered series."""
+    by_series = _clustered_by_series(metrics)
+    return [
+        _semantic(metrics, config),
+        _dimensions(metrics, config),
+        *(_power_law(metrics, series, sources) for series, sources in by_series.items()),
+    ]
+
+
+def _clustered_by_series(metrics: Record) -> dict[str, list[str]]:
+    """Clustered runs by the series they belong to, in the order of the parameters."""
+    series = {row["run"]: row["series"] for row in metrics["frontier"]}
+    found: dict[str, list[str]] = {}
+    for source in metrics["cluster_features"]:
+        found.setdefault(series.get(source, source), []).append(source)
+    return found
+
+
+# ---- meaning ----
+
+
+def _semantic(metrics: Record, config: Any) -> Finding | None:
+    if metrics["meaning"] is None:
+        return None
+    rows = {row["run"]: row for row in metrics["frontier"]}
+    summary = {run: found for run, found in metrics["meaning"]["enrichment_summary"].items()
+               if run in rows and rows[run]["series"] == config.mtc}  # fmt: skip
+    if not summary:
+        return None
+    enriched = [e for e in metrics["meaning"]["enrichment"] if e["run"] in summary and e["q_value"] <= 0.05]
+    labels: dict[str, int] = {}
+    for e in enriched:
+        labels[e["label"]] = labels.get(e["label"], 0) + 1
+    listed = ", ".join(f"{label} {n}" for label, n in sorted(labels.items(), key=lambda item: -item[1])) or "none"
+    first = next(iter(summary))
+    verdict, reason = decide_semantic([(rows[run]["seed"], found) for run, found in summary.items()], labels)
+    return Finding(
+        key="clusters-semantic",
+        title="Clusters and meaning",
+        claim="Clusters in head-loading space are semantically meaningful: induction, delimiters, code.",
+        figure=f"{sum(s['discoveries'] for s in summary.values())} enriched pairs of cluster and label at a false discovery "
+        f"rate of 5% in {len(summary)} MTC{'s' if len(summary) > 1 else ''} ({listed}); "
+        f"{metrics['meaning']['runs'][first]['n_live']:,} live features in {first}.",
+        control="Labels shuffled among features: "
+        + ", ".join(f"{s['expected_under_shuffle']:.1f} expected for {run}" for run, s in summary.items()) + ".",
+        verdict=verdict,
+        rule=f"Supports when every MTC of {SEEDS_TO_DECIDE} seeds or more has at least {COHERENT_LIFT:g} times the pairs "
+        f"that shuffled labels give (counting at least one) and induction is among the enriched labels.",
+        reason=reason,
+        picture=None,
+        commands=commands(metrics, "meaning", "report"),
+    )  # fmt: skip
+
+
+def decide_semantic(summaries: Sequence[tuple[int, Record]], labels: dict[str, int]) -> Decision:
+    """``summaries``: seed and ``{discoveries, expected_under_shuffle}`` of every MTC."""
+    seeds = {seed for seed, _ in summaries}
+    if (few := too_few(len(seeds))) is not None:
+        return few
+    enough = [s["discoveries"] >= COHERENT_LIFT * max(1.0, s["expected_under_shuffle"]) for _, s in summaries]
+    if all(enough) and labels.get("induction", 0):
+        return Decision("supports", "many more enriched clusters than shuffled labels give, induction among them")
+    if not any(enough):
+        return Decision("contradicts", "no more enriched clusters than shuffled labels give")
+    return Decision(
+        "inconclusive", "not at every seed" if labels.get("induction", 0) else "induction is not among them"
+    )
+
+
+# ---- OV dimensions ----
+
+
+def _dimensions(metrics: Record, config: Any) -> Finding | None:
+    if metrics["meaning"] is None:
+        return None
+    rows = {row["run"]: row for row in metrics["frontier"]}
+    modality = {run: found["ov_dimension"] for run, found in metrics["meaning"]["modality"].items()
+                if run in rows and rows[run]["series"] == config.mtc and found["ov_dimension"] is not None}  # fmt: skip
+    if not modality:
+        return None
+    shown = next(iter(modality))
+    own = [d for d in metrics["meaning"]["ov_dimensions"] if d["run"] == shown]
+    outside = sum(not d["random_low"] <= d["effective_rank"] <= d["random_high"] for d in own)
+    correlations = metrics["meaning"]["size_correlations"].get(shown) or {}
+    sizes = "".join(
+        f" Cluster size against share of {name.replace('_', '-')}s: rho {found['rho']:.2f} (p {found['p_value']:.2f})."
+        for name, found in correlations.items()
+        if found is not None
+    )
+    verdict, reason = decide_dimensions([(rows[run]["seed"], test) for run, test in modality.items()])
+    return Finding(
+        key="ov-dimension",
+        title="OV dimension",
+        claim="Attention features have no preferred OV dimensions: clusters form a continuum rather than discrete families.",
+        figure=f"OV dimensions of {len(own)} clusters of {shown}: test for one mode (dip) p "
+        f"{modality[shown]['p_value']:.2f} ({modality[shown]['n']} clusters).{sizes}",
+        control=f"Size-matched random sets of features: {outside} of {len(own)} clusters lie outside their 95% range.",
+        verdict=verdict,
+        rule=f"Contradicts when one mode is rejected at 5% (Bonferroni over dictionaries) at {SEEDS_TO_DECIDE} seeds or "
+        "more; supports when it is rejected at none of as many, each with 30 clusters or more; absence of evidence is "
+        f"all the claim says.",
+        reason=reason,
+        picture="ov_dimensions.png",
+        commands=commands(metrics, "meaning", "report"),
+    )
+
+
+def decide_dimensions(tests: Sequence[tuple[int, Record]]) -> Decision:
+    """``tests``: seed and ``{p_value, n}`` of every MTC's test for one mode."""
+    seeds = {seed for seed, test in tests if test["p_value"] is not None}
+    if (few := too_few(len(seeds))) is not None:
+        return few
+    known = [test for _, test in tests if test["p_value"] is not None]
+    rejected = [test["p_value"] < 0.05 / len(known) for test in known]
+    if all(rejected):
+        return Decision("contradicts", "one mode is rejected at every seed")
+    if any(rejected):
+        return Decision("inconclusive", f"one mode is rejected in {sum(rejected)} of {len(known)}")
+    if any(test["n"] < 30 for test in known):
+        return Decision("inconclusive", "fewer than 30 clusters in a test")
+    return Decision("supports", "one mode is rejected nowhere")
+
+
+# ---- power laws ----
+
+
+def _power_law(metrics: Record, series: str, sources: Sequence[str]) -> Finding:
+    fits = [c for c in metrics["clusters"] if c["source"] in sources and c["alpha"] is not None]
+    nulls = [c for c in metrics["clusters"] if c["source"].split("/")[0] in sources and "/" in c["source"]
+             and c["alpha"] is not None]  # fmt: skip
+    n = ", ".join(f"{metrics['cluster_features'][source]:,}" for source in sources)
+    verdict, reason = decide_power_law(metrics, sources, fits, nulls)
+    return Finding(
+        key=f"power-law-{series}",
+        title=f"Power law of {series}",
+        claim=f"Sizes of clusters in head-loading space follow a power law (loadings of {series}).",
+        figure=f"{', '.join(sources)}: {n} live features, {_fit_text(fits)}.",
+        control=f"{_null_text(nulls)}.",
+        verdict=verdict,
+        rule=f"Supports when no fit of {SEEDS_TO_DECIDE} trained dictionaries at {_SIZES_TO_DECIDE} values of k "
+        f"({_BOOTSTRAPS_TO_DECIDE:,} bootstraps) is ruled out at p <= {_ALPHA} or beaten by a rival, while every kind of "
+        f"null is; contradicts when most fits are; where data and nulls do alike nothing is learned.",
+        reason=reason,
+        picture=f"clusters_{sources[0]}.png",
+        commands=commands(metrics, "cluster", "report"),
+    )
+
+
+def _fit_text(fits: Sequence[Record]) -> str:
+    if not fits:
+        return "no clustering had enough sizes for a fit"
+    largest = max(c["k"] for c in fits)
+    rows = [c for c in fits if c["k"] == largest]
+    return (f"k={largest}: alpha {_spread(rows, 'alpha')}, p {_spread(rows, 'p_value')} over {len(rows)} clusterings; "
+            f"{sum(rejected(c) for c in fits)} of {len(fits)} fits (k >= {min(c['k'] for c in fits)}) ruled out or beaten "
+            "by a rival")  # fmt: skip
+
+
+def _null_text(nulls: Sequence[Record]) -> str:
+    kinds: dict[str, list[Record]] = {}
+    for fit in nulls:
+        kinds.setdefault(fit["source"].split("/")[1], []).append(fit)
+    listed = [f"{kind} {sum(rejected(c) for c in own)} of {len(own)} ruled out, alpha {_spread(own, 'alpha')}"
+              for kind, own in kinds.items()]  # fmt: skip
+    return "Nulls: " + "; ".join(listed) if listed else "No null had a fit"
+
+
+def decide_power_law(
+    metrics: Record, sources: Sequence[str], fits: Sequence[Record], nulls: Sequence[Record]
+) -> Decision:
+    """See the rule in ``_power_law``."""
+    seeds = {row["seed"] for row in metrics["frontier"] if row["run"] in sources}
+    if (few := too_few(len(seeds))) is not None:
+        return few
+    if len({c["k"] for c in fits}) < _SIZES_TO_DECIDE:
+        return Decision("inconclusive", f"fits at {len({c['k'] for c in fits})} values of k")
+    if metrics["cluster_bootstraps"] < _BOOTSTRAPS_TO_DECIDE:
+        return Decision("inconclusive", f"{metrics['cluster_bootstraps']:,} bootstraps")
+    share = sum(rejected(c) for c in fits) / len(fits)
+    if share > 0.5:
+        return Decision("contradicts", f"{share:.0%} of the fits are ruled out or beaten")
+    by_kind: dict[str, list[bool]] = {}
+    for c in nulls:
+        by_kind.setdefault(c["source"].split("/")[1], []).append(rejected(c))
+    if share == 0 and by_kind and all(all(found) for found in by_kind.values()):
+        return Decision("supports", "no fit is ruled out, and those of every null are")
+    alike = [kind for kind, found in by_kind.items() if sum(found) / len(found) <= max(share, 0.5)]
+    if alike:
+        return Decision("inconclusive", f"the nulls {' and '.join(alike)} pass as well: k-means makes such sizes")
+    return Decision("inconclusive", f"{share:.0%} of the fits are ruled out or beaten")
+
+
+def rejected(fit: Record) -> bool:
+    """Whether a fit is ruled out by its p-value or beaten by a rival at 5%."""
+    beaten = any(r["ratio"] < 0 and r["p_value"] < 0.05 for r in fit["likelihood_ratios"].values())
+    return fit["p_value"] <= _ALPHA or beaten
+
+
+def _spread(rows: Sequence[Record], key: str) -> str:
+    values = [row[key] for row in rows]
+    return f"{min(values):.2f} to {max(values):.2f}"

@@ -1,0 +1,192 @@
+"""Every rule is met once and flipped once by the number it hangs on."""
+
+import pytest
+
+from crosshead.analysis.claims.attention_output import decide_heads, decide_labels
+from crosshead.analysis.claims.clusters import decide_dimensions, decide_power_law, decide_semantic
+from crosshead.analysis.claims.coupling import decide_joint
+from crosshead.analysis.claims.layers import decide_layers
+from crosshead.analysis.claims.superposition import decide_interpretability, decide_superposition
+from crosshead.analysis.findings import ReportConfig, collect
+from crosshead.analysis.rules import both_regimes, decide
+from crosshead.analysis.verdicts import judge
+from tests.analysis.records import documents, record
+
+CONFIG = ReportConfig()
+
+
+@pytest.fixture(autouse=True)
+def _few_draws(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("crosshead.analysis.frontiers._DRAWS", 20)
+    monkeypatch.setattr("crosshead.analysis.frontiers._BETWEEN", 8)
+
+
+def ratio(low: float, high: float, **other):
+    part = {"ratio": (low + high) / 2, "interval": [low, high], "l0_range": [10, 100]}
+    return part | {"n_seeds": 3, "n_sparsities": 4, "equal_tokens": True, "features": [[8], [8]], "n_tokens": 100,
+                   "n_contexts": 4, "objective": [], "parts": {"low": part, "high": part}} | other  # fmt: skip
+
+
+@pytest.mark.parametrize(("comparison", "verdict"), [
+    (ratio(0.8, 0.9), "supports"),
+    (ratio(1.1, 1.2), "contradicts"),
+    (ratio(0.9, 1.1), "inconclusive"),
+    (ratio(0.8, 0.9, n_seeds=2), "inconclusive"),
+    (ratio(0.8, 0.9, n_sparsities=3), "inconclusive"),
+    (ratio(0.8, 0.9, equal_tokens=False), "inconclusive"),
+    (ratio(0.8, 0.9, interval=None), "inconclusive"),
+    (None, "inconclusive"),
+])  # fmt: skip
+def test_a_ratio_decides_with_its_whole_interval_and_enough_runs(comparison, verdict):
+    assert decide(comparison).verdict == verdict
+
+
+ROBUST = {"settings": [{"setting": "x"}], "same_sign": True}
+
+
+def superposed(mtc=None, penalties=None, null=None, robust=ROBUST):
+    two = ratio(0.85, 0.92, n_sparsities=2)
+    return decide_superposition(mtc or ratio(0.85, 0.9), penalties or {"l1": two, "l2": two},
+                                ratio(0.97, 1.0) if null is None else null, robust).verdict  # fmt: skip
+
+
+def test_superposition_needs_the_null_every_norm_and_every_setting():
+    assert superposed() == "supports"
+    assert superposed(null=ratio(0.88, 0.93)) == "inconclusive"
+    assert superposed(null=ratio(0.8, 0.9)) == "contradicts"
+    assert superposed(mtc=ratio(1.1, 1.2)) == "inconclusive"
+    assert superposed(mtc=ratio(0.85, 0.9, features=[[8], [16]])) == "inconclusive"
+    assert superposed(penalties={"l1": ratio(0.85, 0.92), "l2": None}) == "inconclusive"
+    assert superposed(penalties={"l1": ratio(0.95, 1.02), "l2": ratio(0.85, 0.92)}) == "inconclusive"
+    assert superposed(robust=None) == "inconclusive"
+    assert superposed(robust=ROBUST | {"same_sign": False}) == "inconclusive"
+    assert decide_superposition(ratio(0.85, 0.9), {}, None, ROBUST).reason == "the one-head null was not run"
+
+
+def test_layers_need_a_gap_that_beats_every_control():
+    controls = {
+        "other contexts": ratio(0.99, 1.01),
+        "matched tokens": ratio(0.97, 0.99),
+        "shared input": ratio(0.92, 0.95),
+    }
+    assert decide_layers(ratio(0.85, 0.9), controls).verdict == "supports"
+    assert "shared input" in decide_layers(ratio(0.85, 0.93), controls).reason
+    assert "(ii)" in decide_layers(ratio(0.85, 0.9), controls | {"matched tokens": ratio(0.86, 0.9)}).reason
+    assert decide_layers(ratio(0.85, 0.9), controls | {"shared input": None}).verdict == "inconclusive"
+    assert (
+        "shows one of its own" in decide_layers(ratio(0.85, 0.9), controls | {"other contexts": ratio(0.8, 0.9)}).reason
+    )
+    assert decide_layers(ratio(1.1, 1.2), controls).verdict == "contradicts"
+
+
+def test_joint_training_must_lose_at_low_and_at_high_l0_and_with_all_heads():
+    full = ratio(0.85, 0.9, n_sparsities=2)
+    mixed = ratio(0.85, 0.9, parts={"low": ratio(1.05, 1.1), "high": ratio(0.8, 0.85)})
+    assert decide_joint(ratio(0.85, 0.9), full).verdict == "supports"
+    assert decide_joint(mixed, full).verdict == "inconclusive"
+    assert "not at low" in both_regimes(mixed).reason
+    assert decide_joint(ratio(0.85, 0.9), ratio(0.95, 1.05)).verdict == "inconclusive"
+    assert decide_joint(ratio(0.85, 0.9), None).verdict == "inconclusive"
+    assert decide_joint(ratio(1.1, 1.2), ratio(1.1, 1.2)).verdict == "contradicts"
+
+
+def meant(low: float, high: float, seed: int):
+    side = {"median": (low + high) / 2, "interval": [low, high], "shuffled": 0.01}
+    return {"seed": seed, "predictability": {"from": side, "to": side}, "breadth": None, "n_live": 9}
+
+
+def test_interpretability_needs_separated_intervals_on_both_sides_at_every_seed():
+    clear = [(meant(0.5, 0.6, seed), meant(0.3, 0.4, seed)) for seed in range(3)]
+    assert decide_interpretability(clear).verdict == "supports"
+    assert decide_interpretability([(b, a) for a, b in clear]).verdict == "contradicts"
+    assert decide_interpretability(clear[:2]).verdict == "inconclusive"
+    assert decide_interpretability([*clear[:2], (meant(0.3, 0.5, 2), meant(0.4, 0.6, 2))]).verdict == "inconclusive"
+
+
+def test_clusters_need_more_enrichment_than_shuffled_labels_and_induction():
+    clear = [(seed, {"discoveries": 12, "expected_under_shuffle": 0.5}) for seed in range(3)]
+    none = [(seed, {"discoveries": 1, "expected_under_shuffle": 0.5}) for seed in range(3)]
+    assert decide_semantic(clear, {"induction": 2}).verdict == "supports"
+    assert decide_semantic(clear, {"code": 2}).verdict == "inconclusive"
+    assert decide_semantic([*clear[:2], none[2]], {"induction": 2}).verdict == "inconclusive"
+    assert decide_semantic(none, {"induction": 2}).verdict == "contradicts"
+    assert decide_semantic(clear[:2], {"induction": 2}).verdict == "inconclusive"
+
+
+def test_one_mode_must_stand_or_fall_at_every_seed():
+    def tests(*values, n=64):
+        return [(seed, {"p_value": p, "n": n}) for seed, p in enumerate(values)]
+
+    assert decide_dimensions(tests(0.5, 0.4, 0.9)).verdict == "supports"
+    assert decide_dimensions(tests(0.5, 0.4, 0.9, n=16)).verdict == "inconclusive"
+    assert decide_dimensions(tests(0.001, 0.002, 0.0)).verdict == "contradicts"
+    assert decide_dimensions(tests(0.001, 0.4, 0.9)).verdict == "inconclusive"
+    assert decide_dimensions(tests(0.5, 0.4, None)).verdict == "inconclusive"
+
+
+def fits(sources, p_value: float, kind: str = ""):
+    return [{"source": source + kind, "k": k, "alpha": 2.0, "p_value": p_value, "likelihood_ratios": {}}
+            for source in sources for k in (64, 128, 256)]  # fmt: skip
+
+
+def power_law(data: float, null: float, bootstraps: int = 1000, seeds=(0, 1, 2)):
+    sources = [f"mtc-{seed}" for seed in seeds]
+    metrics = {"frontier": [{"run": f"mtc-{seed}", "seed": seed} for seed in seeds], "cluster_bootstraps": bootstraps}
+    return decide_power_law(metrics, sources, fits(sources, data), fits(sources, null, "/shuffled")).verdict
+
+
+def test_a_power_law_needs_data_that_pass_and_nulls_that_do_not():
+    assert power_law(0.5, 0.01) == "supports"
+    assert power_law(0.5, 0.5) == "inconclusive"
+    assert power_law(0.01, 0.5) == "contradicts"
+    assert power_law(0.5, 0.01, bootstraps=100) == "inconclusive"
+    assert power_law(0.5, 0.01, seeds=(0, 1)) == "inconclusive"
+
+
+def test_attention_output_needs_both_kinds_and_induction_features_their_heads():
+    def labels(induction, succession, expected=1.0):
+        return [(seed, {"induction": {"count": induction, "expected": expected},
+                        "succession": {"count": succession, "expected": expected}}) for seed in range(3)]  # fmt: skip
+
+    assert decide_labels(labels(9, 5)).verdict == "supports"
+    assert decide_labels(labels(9, 2)).verdict == "inconclusive"
+    assert decide_labels(labels(2, 2)).verdict == "contradicts"
+    assert decide_labels(labels(9, 5, expected=4.0)).verdict == "contradicts"
+    assert decide_labels(labels(9, 5)[:2]).verdict == "inconclusive"
+
+    def shares(*values):
+        return [(seed, {"share_on_survey_heads": v, "expected_share": 0.5}) for seed, v in enumerate(values)]
+
+    assert decide_heads(shares(0.9, 0.8, 0.7)).verdict == "supports"
+    assert decide_heads(shares(0.9, 0.8, 0.4)).verdict == "inconclusive"
+    assert decide_heads(shares(0.1, 0.2, 0.4)).verdict == "contradicts"
+    assert decide_heads(shares(0.9, None, None)).verdict == "inconclusive"
+
+
+def heads(null: float | None, spread: float = 2.0, dose=(1.2, 1.1, 1.05)):
+    """The verdict on heads per feature; ``dose``: errors with 1, 2 and 4 movers over that with all."""
+    arguments = documents((0, 1, 2))
+    rows = [r for r in arguments["records"] if r["series"] not in ("heads2", "heads4", "top1", "mtc")]
+    for seed in (0, 1, 2):
+        for series in ("mtc", "mtc-penalty-l1", "mtc-penalty-l2"):
+            rows.append(record(series, 60, 0.1, seed))
+        for series, factor, m in zip(("top1", "heads2", "heads4"), dose, (1, 2, 4), strict=True):
+            rows.append(record(series, 60, 0.1 * factor, seed, heads_per_feature=m))
+    for row in rows:
+        if row["evaluation"]["superposition"] is not None and row["series"].startswith("mtc"):
+            row["evaluation"]["superposition"] = row["evaluation"]["superposition"] | {
+                "participation_ratio_mean": spread
+            }
+    nulls = None if null is None else {"teacher": "t", "teacher_normalised_mse": 0.1, "comparison": None,
+                                       "rows": [{"series": "mtc", "participation_ratio_mean": null}]}  # fmt: skip
+    found = judge(
+        collect(**arguments | {"records": rows, "nulls": nulls}, profile="test", config=CONFIG, inputs={}), CONFIG
+    )
+    return next(f.verdict for f in found if f.key == "heads-per-feature")
+
+
+def test_heads_per_feature_must_exceed_the_nulls_and_the_dose_response_fall():
+    assert heads(1.3) == "supports"
+    assert heads(1.3, dose=(1.2, 1.1, 1.15)) == "inconclusive"
+    assert heads(2.5) == "contradicts"
+    assert heads(None) == "inconclusive"

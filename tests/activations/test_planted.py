@@ -211,7 +211,7 @@ def test_the_easy_layer_has_heads_that_can_be_told_apart(tmp_path):
     plant(PlantedConfig(train_contexts=128, heldout_contexts=8), tmp_path / "planted")
     described = read_json(tmp_path / "planted" / "planted.json")
     assert described["condition_number"] < 20
-    assert described["atoms"] == 80
+    assert described["atoms"] == 64
 
 
 @pytest.mark.parametrize(

@@ -67,9 +67,9 @@ class PlantedConfig(BaseModel):
     """Score of a place that a head looks for."""
     sink: float = 4.0
     """Score of the beginning-of-text token."""
-    d_model: Count = 48
+    d_model: Count = 56
     """Width of the residual stream."""
-    features: Count = 80
+    features: Count = 64
     """Features of all layers together."""
     ov_dimensions: Annotated[tuple[Count, ...], Field(min_length=1)] = (1,)
     """Atoms per feature, family by family in turn."""

@@ -67,9 +67,9 @@ class PlantedConfig(BaseModel):
     """Score of a place that a head looks for."""
     sink: float = 4.0
     """Score of the beginning-of-text token."""
-    d_model: Count = 48
+    d_model: Count = 56
     """Width of the residual stream."""
-    features: Count = 80
+    features: Count = 64
     """Features of all layers together."""
     ov_dimensions: Annotated[tuple[Count, ...], Field(min_length=1)] = (1,)
     """Atoms per feature, family by family in turn."""
@@ -226,13 +226,18 @@ def _draw_loadings(
     return normalize(centre + config.mixing * config.jitter * noise, dim=1).T
 
 
-def _apart(directions: Float[Tensor, "A d"], steps: int = 200, rate: float = 0.5) -> Float[Tensor, "A d"]:
-    """Unit directions with their fourth-power overlaps reduced: more directions than dimensions, none nearly equal."""
+def _apart(directions: Float[Tensor, "A d"], steps: int = 100) -> Float[Tensor, "A d"]:
+    """Unit directions, orthogonal where there are dimensions enough, else a nearly tight frame of small overlaps.
+
+    In a tight frame the best linear reading of a direction is along it, so an encoder has one right answer.
+    """
     directions = normalize(directions, dim=1)
     for _ in range(steps):
         overlap = directions @ directions.T
         overlap.fill_diagonal_(0.0)
-        directions = normalize(directions - rate * overlap**3 @ directions, dim=1)
+        directions = normalize(directions - 0.5 * overlap**3 @ directions, dim=1)
+        U, _sizes, V = torch.linalg.svd(directions, full_matrices=False)
+        directions = normalize(U @ V, dim=1)
     return directions
 
 

@@ -144,7 +144,7 @@ def head_codes(
         k_token.copy_(token @ pairs.T.float())
     elif kind == "local":
         q_place.copy_(sharpness * torch.stack([_earlier(place, distance) for distance in _LOCAL]).sum(0))
-        k_place.copy_(place)
+        k_place[:, 1:] = place[:, 1:]  # the first token would take all of what looks at it
     k[:, 0, -1] = sink
     return q, k
 

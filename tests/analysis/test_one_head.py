@@ -169,9 +169,9 @@ def test_rows_are_what_frontiers_compare(cache, planted, teacher):
             })  # fmt: skip
             rows.append(null_row(run, build(dictionary(heads_per_feature=heads), cache.dims), scaled))
     record = null_record("top1-k6", 0.2, 0.1, rows)
-    assert record["comparison"]["ratio"] == pytest.approx(0.9)
-    assert record["comparison"]["interval"] == pytest.approx([0.9, 0.9])
-    assert (record["comparison"]["first"], record["comparison"]["second"]) == ("mtc", "top1")
+    assert record["comparisons"]["mtc"]["ratio"] == pytest.approx(0.9)
+    assert record["comparisons"]["mtc"]["interval"] == pytest.approx([0.9, 0.9])
+    assert (record["comparisons"]["mtc"]["first"], record["comparisons"]["mtc"]["second"]) == ("mtc", "top1")
     assert [row["participation_ratio_mean"] for row in record["rows"]] == pytest.approx([1.0] * 4)
     json.dumps(record, allow_nan=False)
 

@@ -69,14 +69,14 @@ def test_a_stage_killed_between_two_trainings_repeats_neither_and_writes_the_sam
 def test_the_record_names_teacher_noise_rows_and_comparison(stage, home):
     flow.nulls(stage)
     record = json.loads(written(home))
-    assert record.keys() == {"teacher", "teacher_normalised_mse", "noise_share", "rows", "comparison"}
+    assert record.keys() == {"teacher", "teacher_normalised_mse", "noise_share", "rows", "comparisons"}
     assert record["teacher"] == "top1-k6"
     assert 0 < record["noise_share"] < 1
     assert [row["run"] for row in record["rows"]] == ["mtc-k6", "top1-k6"]
     for row in record["rows"]:
         assert row["normalised_mse"] > record["noise_share"], "nothing can predict the noise"
     assert record["rows"][1]["participation_ratio_mean"] == pytest.approx(1.0)
-    assert (record["comparison"]["first"], record["comparison"]["second"]) == ("mtc", "top1")
+    assert (record["comparisons"]["mtc"]["first"], record["comparisons"]["mtc"]["second"]) == ("mtc", "top1")
 
 
 @pytest.mark.parametrize(

@@ -126,7 +126,7 @@ class PlantedSource(ActivationSource):
 
     def _generator(self, split: str, number: int) -> torch.Generator:
         key = int.from_bytes(split.encode()[:4], "little")
-        return torch.Generator().manual_seed((self.seed * 1_000_003 + key) * 1_000_003 + number)
+        return torch.Generator().manual_seed(((self.seed * 1_000_003 + key) * 1_000_003 + number) % 2**63)
 
 
 @torch.no_grad()

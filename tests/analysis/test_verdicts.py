@@ -45,10 +45,11 @@ def test_a_ratio_decides_with_its_whole_interval_and_enough_runs(comparison, ver
 ROBUST = {"settings": [{"setting": i} for i in range(18)], "unpaired": 0, "ratio_range": [0.85, 0.95]}
 
 
-def superposed(mtc=None, norms=None, null=None, robust=ROBUST, **nulls):
+def superposed(mtc=None, norms=None, null=None, robust=ROBUST, least=0.98, **nulls):
     two, beaten = ratio(0.85, 0.92, n_sparsities=2), ratio(0.97, 1.0)
     nulls = {"mtc": beaten if null is None else null, "l1": beaten, "l2": beaten} | nulls
-    return decide_superposition(mtc or ratio(0.85, 0.9), norms or {"l1": two, "l2": two}, nulls, robust, "mtc").verdict
+    found = decide_superposition(mtc or ratio(0.85, 0.9), norms or {"l1": two, "l2": two}, nulls, robust, "mtc", least)
+    return found.verdict
 
 
 def test_superposition_needs_the_null_every_norm_and_every_setting():
@@ -65,7 +66,9 @@ def test_superposition_needs_the_null_every_norm_and_every_setting():
     assert superposed(robust=None) == "inconclusive"
     assert superposed(robust=ROBUST | {"settings": ROBUST["settings"][:6]}) == "inconclusive"
     assert superposed(robust=ROBUST | {"ratio_range": [0.85, 1.01]}) == "inconclusive"
-    missing = decide_superposition(ratio(0.85, 0.9), {}, {}, ROBUST, "mtc")
+    assert superposed(least=0.9) == "inconclusive"
+    assert superposed(least=None) == "inconclusive"
+    missing = decide_superposition(ratio(0.85, 0.9), {}, {}, ROBUST, "mtc", 1.0)
     assert missing.reason == "mtc: the one-head null was not run"
 
 

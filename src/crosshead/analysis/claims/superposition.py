@@ -45,7 +45,13 @@ def _superposition(metrics: Record, config: Any) -> Finding | None:
     norms = {name: metrics["comparisons"].get(f"{name}_over_top1") for name in config.mtc_penalties}
     nulls = (metrics["nulls"] or {}).get("comparisons", {})
     robustness = metrics["robustness"]
-    verdict, reason = decide_superposition(comparison, norms, nulls, robustness, config.mtc)
+    least = calibration(metrics["planted"])
+    verdict, reason = decide_superposition(comparison, norms, nulls, robustness, config.mtc, least)
+    planted = (
+        ""
+        if least is None
+        else f" On planted layers with one head per feature the ratio lies down to {least:.2f} times the null's."
+    )
     held = "not run"
     if config.mtc in nulls:
         held = (f"{ratio_text(nulls[config.mtc])}, of a Top-1 teacher that explains all but "
@@ -60,9 +66,10 @@ def _superposition(metrics: Record, config: Any) -> Finding | None:
         "speaks for attention features spread over heads.",
         figure=f"MTC over Top-1: {ratio_text(comparison)}.{others}{_robustness_text(robustness)}",
         control=f"Top-1 from the same start with the same learning rates, {budget_text(comparison)}; the linear Top-1 "
-        f"reference is drawn. One-head null (the same comparison where one head per feature is the planted truth): {held}.",
+        f"reference is drawn. One-head null (the same comparison where one head per feature is the planted truth): {held}.{planted}",
         verdict=verdict,
-        rule="Supports when the interval of the ratio lies below 1 and below that of the one-head null, with "
+        rule="Supports when the interval of the ratio lies below 1 and below that of the one-head null times the least that "
+        "planted one-head layers show of it (training alone gives that much), with "
         f"{SEEDS_TO_DECIDE} seeds or more, at equal tokens and features, under every norm of head loadings against its own "
         f"null, and the MTC is ahead in all of {_SETTINGS} settings of start, learning rate and length. Contradicts when the "
         "null's interval lies below.",
@@ -70,6 +77,14 @@ def _superposition(metrics: Record, config: Any) -> Finding | None:
         picture="mtc_frontier.png",
         commands=commands(metrics, "nulls", "report"),
     )
+
+
+def calibration(planted: Record | None) -> float | None:
+    """The smallest ratio of errors over the null's on planted layers with one head per feature; None without any."""
+    rows = [] if planted is None else planted["rows"]
+    found = [row["ratio"] / row["null_ratio"] for row in rows
+             if row["question"] == "superposition" and row["layer"] == "one-head" and row["null_ratio"]]  # fmt: skip
+    return min(found, default=None)
 
 
 def _robustness_text(robustness: Record | None) -> str:
@@ -86,10 +101,12 @@ def decide_superposition(
     nulls: Mapping[str, Record],
     robustness: Record | None,
     mtc: str,
+    least: float | None,
 ) -> Decision:
     """A smaller error must beat the one-head null, under every norm; a larger one decides nothing.
 
-    ``norms`` and ``nulls`` are comparisons with Top-1 by series; the null of ``mtc`` is among the latter.
+    ``norms`` and ``nulls`` are comparisons with Top-1 by series; the null of ``mtc`` is among the latter. ``least`` is
+    what planted one-head layers show of the null's ratio (``calibration``).
     """
     found = decide(comparison)
     if found.verdict == "inconclusive":
@@ -102,6 +119,11 @@ def decide_superposition(
         against = _against_null(name, own, nulls.get(name))
         if against is not None:
             return against
+    if least is None:
+        return Decision("inconclusive", "no planted layer with one head per feature to calibrate the null on")
+    low = min(1.0, least) * nulls[mtc]["interval"][0]
+    if comparison["interval"][1] >= low:
+        return Decision("inconclusive", f"not below {low:.3f}, which planted one-head layers reach by training alone")
     if robustness is None or len(robustness["settings"]) < _SETTINGS or robustness["unpaired"]:
         n_settings = 0 if robustness is None else len(robustness["settings"])
         return Decision("inconclusive", f"{n_settings} settings of start, rate and length were tried of {_SETTINGS}")

@@ -89,9 +89,13 @@ def test_nothing_is_left_in_work(finished: Path):
 
 
 def test_an_ablation_is_computed_once_for_all_runs_of_a_kind_with_the_same_targets(finished: Path, runs: dict):
-    """Zero and mean, for one context: one file per architecture's code."""
-    expected = [2 * len({tuple(run["layers"]) for run in runs.values() if run["kind"] == kind})
-                for kind in {run["kind"] for run in runs.values()}]  # fmt: skip
+    """Zero per targets, mean per targets and control, for one context: one file per architecture's code."""
+    expected = []
+    for kind in {run["kind"] for run in runs.values()}:
+        own = [run for run in runs.values() if run["kind"] == kind]
+        zeros = {tuple(run["layers"]) for run in own}
+        means = {(*run["layers"], run.get("control", "none")) for run in own}
+        expected.append(len(zeros) + len(means))
     found = [len(json.loads(memory.read_text())) for memory in (finished / "work").glob("ablated-*.json")]
     assert sorted(found) == sorted(expected)
 

@@ -1,4 +1,4 @@
-"""Runs of attention models: the section ``attention_runs`` of a parameter file, read as ``runs`` is for dictionaries."""
+"""Runs of attention models: the section ``attention_runs`` of a parameter file, read as ``runs`` is."""
 
 import argparse
 import functools

@@ -23,7 +23,7 @@ def evaluate(
     train: Sequence[Batch] = (),
     model: LanguageModel | None = None,
 ) -> BaseModel:
-    """What the model's kind measures: a record with n_tokens, l0, normalised_mse, dead_fraction and the rest of its own.
+    """What the model's kind measures: n_tokens, l0, normalised_mse, dead_fraction and the rest of its own.
 
     ``train`` is what references are fitted on. Without the base ``model`` nothing is put back into it.
     """

@@ -132,7 +132,7 @@ def _pattern_row(module: Module, scores: Float[Tensor, " T"], allowed: Tensor, h
 def deleted_pattern(
     module: Module, model: LanguageModel, explanation: Explanation, features: list[int]
 ) -> tuple[Float[Tensor, " T"], Float[Tensor, "T V"]]:
-    """The query's attention, and the logits, of the running model with these features' pairs taken out of its scores."""
+    """The query's attention, and the logits, of the running model without these features' pairs in its scores."""
     removed = explanation.written[features].sum(0)
 
     def change(scores: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """What one side of a feature responds to, in tokens: one token, a piece of one, capitals, a class of words, or more.
 
 A side's mass is its summed activation by token. It gets the finest grain that holds at least 60% of the mass, and twice
-what the grain holds of all positions (design choice; the grains are those in which Jermyn et al., Progress on Attention,
+what the grain holds of all positions (design choice; after the grains in which Jermyn et al., Progress on Attention,
 2025, found induction features):
 
     token            one token
@@ -85,7 +85,7 @@ def _pieces(ranked: list[tuple[str, float]]) -> list[str]:
 
 
 def same_grain(first: str, second: str) -> str:
-    """How two tokens are alike: ``token``, ``word``, ``substring`` (three letters or more), ``word class`` or ``none``."""
+    """How two tokens are alike: ``token``, ``word``, ``substring`` (of three letters), ``word class`` or ``none``."""
     if first == second:
         return "token"
     one, other = _word(first), _word(second)

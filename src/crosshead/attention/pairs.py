@@ -4,8 +4,8 @@ Shape legend: B contexts, T positions, N = B*T rows, C channels, G heads, Q basi
 
     S_g(t, s) = sum_i u_i(t) v_i(s) kappa_gi(t - s),    kappa_gi(d) = sum_q coefficients[i, g, q] basis[d, q]
 
-On the CPU the kernel becomes a table [C, T, G] and the sum runs over the pairs of non-zeros, C (T k / C)^2 of them for k
-active channels a position: its price does not depend on the number of basis functions. Elsewhere, and where the engine
+On the CPU the kernel becomes a table [C, T, G] and the sum runs over the pairs of non-zeros, (T k)^2 / C of them for k
+active channels a position: the price does not depend on the number of basis functions. Elsewhere, and where the engine
 asks for dense products, S = sum_q basis_q(t - s) * (U diag(coefficients_q) V^T) for each head. Neither builds a
 [T, T, C] tensor.
 """

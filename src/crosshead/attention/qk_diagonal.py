@@ -5,7 +5,7 @@ G heads that share the features, F features, r rank, C = F*r channels, Q functio
 
     rank 1   S_g(t,s) = sum_i c_i u_i(t) v_i(s) kappa_gi(t-s),   u = act(W_q q_t + b_q),   v = act(W_k k_s + b_k)
     rank r   S_g(t,s) = sum_i c_i sum_j u_ij(t) v_ij(s) kappa_gij(t-s),
-             u_i(t) = gate_i(t) R_i (q_t; 1),   v_i(s) = gate'_i(s) R'_i (k_s; 1),   gate = f / (1 + f), f as u and v above
+             u_i(t) = gate_i(t) R_i (q_t; 1),   v_i(s) = gate'_i(s) R'_i (k_s; 1),   gate = f / (1 + f), f as u, v above
 
 (scalar gates times fixed vectors would collapse to rank 1). What q and k are is ``position``'s to say: un-rotated ones
 with a kernel of relative position, kappa(d) = sum over the model's own frequencies of rho cos(w d + phi) (``rotary``),
@@ -25,18 +25,17 @@ so that an L1 penalty is on the two factors of what a pair writes.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float
-from pydantic import Field, field_validator, model_validator
 from torch import Tensor, nn
 
 from crosshead.attention.pairs import pair_scores
 from crosshead.attention.positions import Positions, Tables
+from crosshead.attention.qk_config import Config
 from crosshead.dictionaries.base import (
     Batch,
-    DictionaryConfig,
     LayerWeights,
     Loss,
     ModelDims,
@@ -45,7 +44,6 @@ from crosshead.dictionaries.base import (
     Trainable,
 )
 from crosshead.dictionaries.encoder import Activations, SparseEncoder
-from crosshead.dictionaries.sparsity import Sparsity
 from crosshead.maths.codes import SparseCodes
 from crosshead.maths.patterns import AttentionSpec
 from crosshead.maths.sparse import decode
@@ -56,55 +54,6 @@ _KERNEL_SETTLES = 0.3
 """Share of training after which a feature's kernel keeps its strongest frequencies only."""
 _NORM_FLOOR = 0.05
 """Of the mean strength: what a feature counts for in the competition at least, so that none dies of a small c."""
-
-
-class Config(DictionaryConfig):
-    """Parameters of a QK diagonalization."""
-
-    kind: Literal["qk_diagonal"] = "qk_diagonal"  # pyright: ignore[reportIncompatibleVariableOverride]
-    layers: tuple[int]  # pyright: ignore[reportIncompatibleVariableOverride]
-    """The one layer whose heads it describes."""
-    sparsity: Sparsity
-    """Which features are active, on the query side and on the key side alike."""
-    heads: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)] | Literal["all"] = "all"
-    """Query heads that share the features, lowest first."""
-    rank: Annotated[int, Field(gt=0)] = 1
-    """r: dimensions of a feature's interaction."""
-    position: Literal["rotary", "content", "rotated"] = "rotary"
-    """Un-rotated queries and keys with a kernel of relative position, or with none; or rotated ones. All three are the
-    same for models without rotary embedding."""
-    kernel_frequencies: Annotated[int, Field(gt=0)] | Literal["all"] = "all"
-    """Frequencies that a feature's kernel keeps, its strongest ones; in the first 30% of training it has all."""
-    target: Literal["scores", "pattern", "both"] = "both"
-    """Centred scores (squared error), the attention pattern (KL divergence), or both."""
-    pattern_weight: Annotated[float, Field(ge=0)] = 0.3
-    """Of the KL divergence, in nats, where both are trained."""
-    first_weight: Annotated[float, Field(ge=0)] = 0.1
-    """Of the squared error of the beginning-of-text key's score over the mean of the others, in units of its variance."""
-    input: Literal["heads", "resid"] = "heads"
-    """Read the heads' queries and keys, or the layer's normed residual stream on both sides."""
-    base: Literal["none", "mean"] = "none"
-    """What features add to: nothing, or the exact scores of the mean query and the mean key."""
-    scale_multiplier: Annotated[float, Field(gt=0)] = 30.0
-    """Learning rate of the strengths c over that of the encoders."""
-    kernel_multiplier: Annotated[float, Field(gt=0)] = 2.0
-    """Learning rate of the kernels and of the beginning-of-text key over that of the encoders."""
-    start_queries: Annotated[int, Field(gt=0)] = 192
-    """Queries, with all their keys, that the strengths are solved for at the start."""
-
-    @field_validator("heads")
-    @classmethod
-    def _heads_ascend(cls, heads: tuple[int, ...] | str) -> tuple[int, ...] | str:
-        if not isinstance(heads, str) and list(heads) != sorted(set(heads)):
-            raise ValueError(f"got heads {list(heads)}; give numbers from 0 on, lowest first, each once, or all")
-        return heads
-
-    @model_validator(mode="after")
-    def _kernel_has_frequencies(self) -> "Config":
-        if self.position != "rotary" and self.kernel_frequencies != "all":
-            raise ValueError(f"kernel_frequencies applies to position: rotary, got position: {self.position}; "
-                             "write kernel_frequencies: all")  # fmt: skip
-        return self
 
 
 class Sides(NamedTuple):
@@ -264,8 +213,9 @@ class Module(Trainable):
     def scores_of(self, sides: Sides, batch: Batch, progress: float = 1.0) -> Float[Tensor, "B G T T"]:
         """The same from features at hand."""
         length = batch.mask.shape[1]
-        scores = pair_scores(sides.query_channels, sides.key_channels, self.coefficients(progress), self.basis(), length,
-                             self.engine)  # fmt: skip
+        scores = pair_scores(
+            sides.query_channels, sides.key_channels, self.coefficients(progress), self.basis(), length, self.engine
+        )
         first = decode(sides.query_channels, self.first_affinity, self.engine) + self.first_level
         first = first.view(*batch.mask.shape, -1).permute(0, 2, 1) * self.first_size[:, None] / self.score_size[:, None]
         first = first + (self.first_mean / self.score_size)[:, None]

@@ -8,7 +8,7 @@ Shape legend: n counted rows, X encoder width, E head width, G heads, F features
    mean rotation over the distances of a context.
 3. A feature's direction is a random training row, of queries or of keys, in those coordinates, the same for both sides
    or opposite: relu features of one direction on both sides make up a product (Cho and Saul 2009, arc-cosine kernels).
-4. With a rank above 1, a feature's maps are the singular vectors of the form weighted by the rows at which it is active.
+4. With a rank above 1, a feature's maps are the singular vectors of the form weighted by the rows where it is active.
 5. Kernels from what a feature's activations say of queries and keys (one regression per channel and side).
 6. Strengths, signed, by least squares on the centred scores of some queries.
 
@@ -122,7 +122,7 @@ def mean_rotation(module: "Module", n_positions: int) -> Float[Tensor, "E E"]:
 def balanced_coordinates(
     q: Float[Tensor, "n E"], k: Float[Tensor, "n E"], form: Float[Tensor, "E E"]
 ) -> tuple[Float[Tensor, "E E"], Float[Tensor, "E E"], Float[Tensor, " E"]]:
-    """A and B with (q A).(k B) = q form k, both sides' second moments diagonal and equal: the singular values, returned.
+    """A and B with (q A).(k B) = q form k, both sides' second moments diagonal and equal to the third, singular values.
 
     The data-weighted singular value decomposition; its first R coordinates are the best form of rank R on independent
     queries and keys.

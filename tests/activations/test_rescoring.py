@@ -37,7 +37,7 @@ def test_changed_scores_give_the_pattern_that_their_softmax_is(family, tiny_mode
     assert_close(pattern, capped.masked_fill(~allowed, -torch.inf).softmax(-1), rtol=1e-3, atol=1e-5)
 
 
-@pytest.mark.parametrize("family", ("llama", "gemma2"))
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
 def test_the_later_model_sees_the_changed_pattern(family, tiny_model):
     """Against the head outputs computed by hand from the changed pattern."""
     model, tokens = tiny_model(family), some_tokens()

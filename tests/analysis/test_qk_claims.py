@@ -45,9 +45,7 @@ def test_rank_one_is_insufficient_where_no_run_reaches_a_low_error():
     assert decide_insufficient(sweep("a", seeds=(0, 1))).verdict == "inconclusive"
     assert decide_insufficient(sweep("a", n=3)).verdict == "inconclusive"
     dense = [r | {"l0": r["l0"] + 64} for r in sweep("a", 0.4)]
-    assert decide_insufficient(dense).verdict == "supports", (
-        "with as many pairs as the exact basis an error says nothing"
-    )
+    assert decide_insufficient(dense).verdict == "supports", "as dense as the exact basis"
 
 
 def test_several_heads_need_a_flat_curve():
@@ -114,9 +112,7 @@ def test_every_claim_that_was_run_gets_a_row():
         "qk-high-rank",
         "qk-induction",
     ]
-    assert [f.verdict for f in found] == ["inconclusive", "supports", "supports", "supports", "supports"] or [
-        f.verdict for f in found
-    ] == ["supports"] * 5
+    assert [f.verdict for f in found] == ["supports"] * 5
     assert "0.800 at 2.0" in found[0].figure
 
 

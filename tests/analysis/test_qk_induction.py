@@ -17,7 +17,9 @@ DIMS = ModelDims(d_model=2 * V + 1, n_heads=1, n_kv_heads=1, head_dim=2 * V + 1,
 
 def one_hot_batch(n_contexts: int, seed: int) -> Batch:
     """q holds the current token, k the previous one; both also hold one constant."""
-    tokens = torch.randint(1, V, (n_contexts, LENGTH), generator=torch.Generator().manual_seed(seed))
+    # No token follows itself: a key after a token would be the query.
+    steps = torch.randint(1, V - 1, (n_contexts, LENGTH), generator=torch.Generator().manual_seed(seed))
+    tokens = steps.cumsum(1) % (V - 1) + 1
     tokens[:, 0] = 0
     now = torch.nn.functional.one_hot(tokens, V).float()
     before = now.roll(1, 1)
@@ -30,7 +32,7 @@ def one_hot_batch(n_contexts: int, seed: int) -> Batch:
 
 
 def hand_made() -> Module:
-    """Feature i < V: query token i, key after token i (induction). Feature V: any pair. Feature V + 1: token 1, key 1."""
+    """Feature i < V: query token i, key after token i. Feature V: any pair. V + 1: query token 1, key token 2."""
     module = Module(Config.model_validate({"layers": [0], "features": V + 2, "position": "content",
                                            "sparsity": {"kind": "topk", "k": V + 2}}), DIMS)  # fmt: skip
     module.use_attention_(AttentionSpec(n_heads=1, n_kv_heads=1, head_dim=2 * V + 1, scale=1.0), None)
@@ -39,7 +41,7 @@ def hand_made() -> Module:
             module.query_encoder.weight[i, i] = 1.0
             module.key_encoder.weight[i, i] = 1.0
         module.query_encoder.weight[V, -1] = module.key_encoder.weight[V, -1] = 1.0
-        module.query_encoder.weight[V + 1, 1] = module.key_encoder.weight[V + 1, V + 1] = 1.0
+        module.query_encoder.weight[V + 1, 1] = module.key_encoder.weight[V + 1, V + 2] = 1.0
         module.kernel.fill_(1.0)
     return module.eval()
 
@@ -66,9 +68,10 @@ def test_the_share_equals_plain_loops():
             keys = [s for s in range(2, t) if tokens[s - 1] == tokens[t]]
             if not keys or tokens[t] != 1:
                 continue
-            fires = [s for s in range(1, t + 1) if tokens[s] == 1]
+            fires = [s for s in range(1, t + 1) if tokens[s] == 2]
             within += len(set(keys) & set(fires))
             total += len(fires)
+    assert within > 0
     assert float(share[V + 1]) == pytest.approx(within / total)
 
 

@@ -2,8 +2,8 @@ import pytest
 
 from crosshead.analysis.qk_sides import describe_side, same_grain
 
-EVERYWHERE = {" the": 30.0, " cat": 2.0, " Cat": 1.0, "cat": 1.0, "ing": 3.0, " sing": 2.0, " ring": 2.0, "7": 5.0, ".": 10.0,
-              " Bob": 4.0, " Ann": 4.0, " NASA": 2.0, " run": 20.0, " of": 20.0}  # fmt: skip
+EVERYWHERE = {" the": 30.0, " cat": 2.0, " Cat": 1.0, "cat": 1.0, "ing": 3.0, " sing": 2.0, " ring": 2.0, "7": 5.0,
+              ".": 10.0, " Bob": 4.0, " Ann": 4.0, " NASA": 2.0, " run": 20.0, " of": 20.0}  # fmt: skip
 
 
 @pytest.mark.parametrize(("mass", "grain", "what"), [
@@ -29,8 +29,8 @@ def test_a_grain_that_is_common_everywhere_says_nothing():
 
 
 @pytest.mark.parametrize(("first", "second", "expected"), [
-    (" cat", " cat", "token"), (" cat", "Cat", "word"), (" sing", " ringing", "substring"), (" dog", " cat", "word class"),
-    ("7", " cat", "none"), (".", ",", "word class"),
+    (" cat", " cat", "token"), (" cat", "Cat", "word"), (" sing", " ringing", "substring"),
+    (" dog", " cat", "word class"), ("7", " cat", "none"), (".", ",", "word class"),
 ])  # fmt: skip
 def test_how_two_tokens_are_alike(first, second, expected):
     assert same_grain(first, second) == expected

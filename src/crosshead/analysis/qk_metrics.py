@@ -147,5 +147,7 @@ def evaluate(
         context_squared_error=without.context_error,
         context_variance=without.context_variance,
         references=measure_references(module, train, detail) if train else [],
-        patching=None if model is None else patch_scores(module, model, detail, config.splice_contexts),
+        patching=None
+        if model is None
+        else patch_scores(module, model, train or detail, detail, config.splice_contexts),
     )

@@ -39,9 +39,14 @@ class Patching(BaseModel):
 
 
 @torch.no_grad()
-def patch_scores(module: Module, model: LanguageModel, batches: Sequence[Batch], n_contexts: int) -> Patching:
-    """Patch a module's predicted scores into the base model on the first ``n_contexts`` of ``batches``."""
-    means = MeanScores(module, batches)
+def patch_scores(
+    module: Module, model: LanguageModel, train: Sequence[Batch], batches: Sequence[Batch], n_contexts: int
+) -> Patching:
+    """Patch a module's predicted scores into the base model on the first ``n_contexts`` of ``batches``.
+
+    Mean scores are those of ``train``.
+    """
+    means = MeanScores(module, train)
     totals = dict.fromkeys(("clean", "patched", "mean", "kl"), 0.0)
     n_tokens = 0
     for batch in _contexts(batches, n_contexts):

@@ -113,8 +113,9 @@ class Module(Trainable):
         self.register_buffer("mean_query", torch.zeros(len(heads), width))
         self.register_buffer("mean_key", torch.zeros(len(heads), width))
         self.register_buffer("kernel_size", torch.ones(features))
-        for name in ("score_size", "first_mean", "first_size"):
-            self.register_buffer(name, torch.ones(len(heads)) if name != "first_mean" else torch.zeros(len(heads)))
+        self.register_buffer("score_size", torch.ones(len(heads)))
+        self.register_buffer("first_mean", torch.zeros(len(heads)))
+        self.register_buffer("first_size", torch.ones(len(heads)))
 
     # ---- what it reads ----
 

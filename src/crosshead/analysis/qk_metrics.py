@@ -133,7 +133,8 @@ def evaluate(
             detail.append(batch)
     if not n_tokens:
         raise ValueError("no held-out positions to evaluate on; raise corpus.heldout_contexts")
-    keys = without.keys(heads)
+    keys, fitted_on = without.keys(heads), train or detail
+    n_patched = config.splice_contexts
     return QKEvaluation(
         n_tokens=n_tokens,
         n_contexts=len(without.context_error),
@@ -147,7 +148,5 @@ def evaluate(
         context_squared_error=without.context_error,
         context_variance=without.context_variance,
         references=measure_references(module, train, detail) if train else [],
-        patching=None
-        if model is None
-        else patch_scores(module, model, train or detail, detail, config.splice_contexts),
+        patching=None if model is None else patch_scores(module, model, fitted_on, detail, n_patched),
     )

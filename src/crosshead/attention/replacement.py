@@ -32,15 +32,15 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from crosshead.attention import wide
+from crosshead.attention.narrow_rotary import Tables, frequencies_of, rotate, tables_factor
 from crosshead.attention.replacement_config import Combined, Config, NoPatternPenalty, Plain, RankOne
 from crosshead.attention.replacement_start import start_replacement_
-from crosshead.attention.narrow_rotary import Tables, frequencies_of, rotate, tables_factor
 from crosshead.attention.units import LayerUnits
 from crosshead.dictionaries.base import Batch, LayerWeights, Loss, ModelDims, ParameterGroup, Site
 from crosshead.dictionaries.encoder import Activations, SparseEncoder
 from crosshead.maths.patterns import AttentionSpec
 
-__all__ = ["WRITES", "Config", "Moved", "Module"]
+__all__ = ["WRITES", "Config", "Module", "Moved"]
 
 WRITES = 0.01
 """A head is active where it writes more than this share of the target's size."""

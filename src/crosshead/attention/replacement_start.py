@@ -20,8 +20,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from crosshead.attention.replacement_config import Combined
 from crosshead.attention.narrow_rotary import base_pairs
+from crosshead.attention.replacement_config import Combined
 from crosshead.dictionaries.base import Batch, Site
 from crosshead.dictionaries.starts import near_rows, ridge
 from crosshead.maths.patterns import undo_rotation

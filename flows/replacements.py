@@ -1,0 +1,88 @@
+"""Look into attention replacement layers: skip-trigram and induction heads, and description lengths beside others'."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from crosshead.attention.registry import KINDS, config_class, load_attention_model
+
+from crosshead.activations.base_model import load_model
+from crosshead.activations.cache import ActivationSource
+from crosshead.activations.machine import Machine
+from crosshead.analysis.description_length import describe
+from crosshead.analysis.induction_heads import find_induction_heads
+from crosshead.analysis.replacement_study import ReplacementsConfig, code_row, heads_row
+from crosshead.analysis.skip_trigrams import Reader, find_skip_trigrams
+from crosshead.dictionaries.base import Batch, Site
+from crosshead.dictionaries.registry import load_dictionary
+from crosshead.io.files import atomic_directory, write_json
+from crosshead.training.runs import DICTIONARIES, Registry, Run, read_run
+from flows._inputs import open_cache
+from flows._runtime import Stage, main
+
+_CONTEXTS_PER_BATCH = 4
+_ATTENTION = Registry(KINDS, config_class, "attention_runs", "attention_models")
+
+
+def replacements(stage: Stage) -> None:
+    """Search the heads of every run that ``replacements.heads_of`` names; measure the codes of ``codes_of``."""
+    config = stage.section("replacements", ReplacementsConfig)
+    device = stage.section("machine", Machine).prepare()
+    cache = open_cache(stage, device)
+    model = load_model(stage.data / "model", device=device)
+    heads, codes = [], []
+    for name in config.heads_of:
+        run, home = _find(stage, name, "heads_of")
+        if run.kind != "replacement":
+            raise ValueError(f"{stage.source}: replacements.heads_of names {name!r}, a {run.kind}; name replacement "
+                             "layers only")  # fmt: skip
+        module: Any = load_attention_model(home).to(device)
+        train, heldout = (_reader(cache, split, module.sites, device) for split in ("train", "heldout"))
+        trigrams = find_skip_trigrams(
+            module, model,
+            (train, min(config.trigram_train_contexts, cache.n_contexts("train"))),
+            (heldout, min(config.trigram_heldout_contexts, cache.n_contexts("heldout"))),
+            heads=config.trigram_heads, events=config.trigram_events,
+        )  # fmt: skip
+        induction = find_induction_heads(
+            module, model, sequences=config.sequences, length=config.length, seed=config.seed
+        )
+        heads.append(heads_row(run, trigrams, induction))
+    for name in config.codes_of:
+        run, home = _find(stage, name, "codes_of")
+        load = load_attention_model if run.registry is _ATTENTION else load_dictionary
+        module = load(home).to(device)
+        splits = [_first(cache, split, n_contexts, module.sites, device) for split, n_contexts in
+                  (("train", config.code.train_contexts), ("heldout", config.code.heldout_contexts))]  # fmt: skip
+        codes.append(code_row(run, module.config.features, describe(module, *splits, config.code)))
+    with atomic_directory(stage.data / "replacements") as directory:
+        write_json(directory / "replacements.json", {"heads": heads, "description_lengths": codes})
+
+
+def _find(stage: Stage, name: str, key: str) -> tuple[Run, Path]:
+    """A run of either section, and the directory of its weights."""
+    for registry, folder in ((_ATTENTION, "attention"), (DICTIONARIES, "runs")):
+        entries = stage.sections.get(registry.runs) or {}
+        if name not in entries:
+            continue
+        kind = entries[name].get("kind") if isinstance(entries[name], dict) else None
+        defaults = (stage.sections.get(registry.defaults) or {}).get(kind) or {}
+        training = stage.sections.get("training") or {}
+        return read_run(name, entries[name], defaults, training, stage.source, registry), stage.data / folder / name
+    raise ValueError(f"{stage.source}: replacements.{key} names {name!r}, which is neither under attention_runs nor "
+                     "under runs; correct it")  # fmt: skip
+
+
+def _reader(cache: ActivationSource, split: str, sites: Sequence[Site], device: str) -> Reader:
+    return lambda contexts: cache.read(split, contexts, sites, device=device)
+
+
+def _first(cache: ActivationSource, split: str, n_contexts: int, sites: Sequence[Site], device: str) -> list[Batch]:
+    """The first contexts of a split, in batches."""
+    end = min(n_contexts, cache.n_contexts(split))
+    return [cache.read(split, range(i, min(i + _CONTEXTS_PER_BATCH, end)), sites, device=device)
+            for i in range(0, end, _CONTEXTS_PER_BATCH)]  # fmt: skip
+
+
+if __name__ == "__main__":
+    main(replacements)

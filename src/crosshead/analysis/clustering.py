@@ -26,7 +26,7 @@ from threadpoolctl import threadpool_limits
 
 from crosshead.maths.powerlaw import fit_power_law, goodness_of_fit, likelihood_ratios
 
-__all__ = ["ClusterConfig", "analyse_loadings", "cluster_labels", "clustered", "loading_vectors"]
+__all__ = ["ClusterConfig", "analyse_loadings", "clustered", "cluster_labels", "loading_vectors"]
 
 Vectors = NDArray[np.float64]
 _LARGE = 20_000

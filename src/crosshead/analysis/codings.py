@@ -2,13 +2,13 @@
 
 Shape legend: B contexts, T positions, N = B*T rows, U units, W coordinates of a unit, G patterns, D = d_model.
 
-Coordinates are what units write in orthonormal axes of their own, so that a step of delta is an error of the same length
-whatever the unit: of a feature f_i n_i, of a plain replacement head z_j in the principal axes of W_O,j.
+Coordinates are what units write in orthonormal axes of their own, so that a step of delta is an error of the same
+length whatever the unit: of a feature f_i n_i, of a plain replacement head z_j in the principal axes of W_O,j.
 
 Values at the query (plain and rank-1 replacement layers): the receiver is told what a head writes and which keys it was
-moved from; the error that counts is that of the parts of patterns that are named. Values at the key (transcoders,
-combined replacement layers): the receiver is told every feature where it is read, the keys that patterns name, and their
-weights. Sparse autoencoders of the attention output say nothing about where.
+moved from; as many keys are named as give nearly the same by themselves. Values at the key (transcoders, combined
+replacement layers): the receiver is told every feature where it is read, the keys that patterns name, and their weights.
+Sparse autoencoders of the attention output say nothing about where.
 """
 
 from abc import ABC, abstractmethod

@@ -85,7 +85,7 @@ def _q_values(p_values: Floats) -> Floats:
 
 
 def effective_ranks(rows: Floats, power: Floats) -> tuple[float, float]:
-    """Exp of the entropy, and the participation ratio, of the squared singular values of power-weighted unit rows.
+    """exp of the entropy, and the participation ratio, of the squared singular values of power-weighted unit rows.
 
     (0, 0) where nothing is written.
     """

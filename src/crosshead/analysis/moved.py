@@ -77,7 +77,7 @@ class Moved:
                          for draw in range(self.draws)])  # fmt: skip
 
     def breadth(self) -> Array:
-        """Exp of the mean entropy of sources [F]; NaN for features that move nothing."""
+        """exp of the mean entropy of sources [F]; NaN for features that move nothing."""
         return np.exp(_ratio(self.entropy.numpy(), self.mass.numpy()))
 
     def skip_trigram_share(self) -> Array | None:

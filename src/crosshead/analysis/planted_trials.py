@@ -35,7 +35,9 @@ class _Trained(NamedTuple):
     evaluation: Evaluation
 
 
-def layer_trial(layer: PlantedConfig, training: TrainingConfig, features: int, seed: int, work: Path) -> dict[str, Row]:
+def layer_trial(
+    layer: PlantedConfig, training: TrainingConfig, features: int, seed: int, work: Path
+) -> dict[str, Row]:
     """An MTC and a Top-1 MTC on one planted layer at equal k: ``{mtc, top1}``, each a row with its recovery."""
     cache, truth = _planted(layer, work)
     condition = read_json(work / "base" / "planted.json")["condition_number"]

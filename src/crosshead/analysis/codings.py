@@ -7,8 +7,8 @@ length whatever the unit: of a feature f_i n_i, of a plain replacement head z_j 
 
 Values at the query (plain and rank-1 replacement layers): the receiver is told what a head writes and which keys it was
 moved from; as many keys are named as give nearly the same by themselves. Values at the key (transcoders, combined
-replacement layers): the receiver is told every feature where it is read, the keys that patterns name, and their weights.
-Sparse autoencoders of the attention output say nothing about where.
+replacement layers): the receiver is told every feature where it is read, the keys that patterns name, and their
+weights. Sparse autoencoders of the attention output say nothing about where.
 """
 
 from abc import ABC, abstractmethod

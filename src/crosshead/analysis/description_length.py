@@ -1,7 +1,7 @@
 r"""Description length: how many bits a position takes, against how much of the attention output they say.
 
-Shape legend: B contexts, T positions, n counted positions, N = B*T rows, U units (features or heads), W coordinates of a
-unit (1, or e for plain replacement heads), G patterns. docs/description_length.md defines everything in words.
+Shape legend: B contexts, T positions, n counted positions, N = B*T rows, U units (features or heads), W coordinates of
+a unit (1, or e for plain replacement heads), G patterns. docs/description_length.md defines everything in words.
 
 Both sides know the trained weights. Sent are, per position,
 
@@ -11,9 +11,9 @@ Both sides know the trained weights. Sent are, per position,
     positions     which keys each pattern names: -log2 p or -log2 (1 - p) for every key, p per pattern and octave of
                   distance from training contexts; where values stand at keys, with which weight (a geometric law)
 
-delta is the largest step, in half octaves, that raises the squared error by no more than ``tolerance``; likewise the
-least weight eta of a key that is named. So a replacement layer's, a transcoder's and a sparse autoencoder's figures mean
-the same reconstruction at the same precision, and bits are those of a code that could be written.
+delta is the largest step, in half octaves, that raises the squared error by no more than ``tolerance``; eta, by whose
+half a key is named, likewise. So the figures of a replacement layer, a transcoder and a sparse autoencoder mean their
+own reconstruction at one relative precision, and bits are those of a code that could be written.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -95,14 +95,11 @@ def describe(
     variance = sum(float(coding.target(b)[b.mask].double().square().sum()) for b, _ in splits[1])
     plain = _error(coding, splits[1], lambda c: c, None)
     size = (variance / sum(int(b.mask.sum()) for b, _ in splits[1])) ** 0.5
-    step, reached = _largest(
-        size, lambda delta: _error(coding, splits[1], _rounder(delta), None), plain, config.tolerance
-    )
+    limit = (1 + config.tolerance) * plain
+    step, reached = _largest(size, lambda delta: _error(coding, splits[1], _rounder(delta), None), limit)
     least, named_well = None, True
     if coding.has_positions:
-        least, named_well = _largest(
-            1.0, lambda eta: _error(coding, splits[1], lambda c: c, eta), plain, config.tolerance
-        )
+        least, named_well = _largest(1.0, lambda eta: _error(coding, splits[1], lambda c: c, eta), limit)
     sent = _error(coding, splits[1], _rounder(step), least)
     levels = [torch.cat([_levels(c, step)[b.mask.flatten()] for b, c in split]) for split in splits]
     which, values, shuffled = _activation_bits(*levels)
@@ -146,11 +143,11 @@ def _error(coding: Coded, split: Iterable[_Batch], change: Callable[[Tensor], Te
     return total
 
 
-def _largest(first: float, error: Callable[[float], float], plain: float, tolerance: float) -> tuple[float, bool]:
-    """The largest of first, first / sqrt 2, ... whose error is within the tolerance, and whether there is one."""
+def _largest(first: float, error: Callable[[float], float], limit: float) -> tuple[float, bool]:
+    """The largest of first, first / sqrt 2, ... whose error is within the limit, and whether there is one."""
     value = first
     for _ in range(_STEPS):
-        if error(value) <= (1 + tolerance) * plain:
+        if error(value) <= limit:
             return value, True
         value /= 2**0.5
     return value, False

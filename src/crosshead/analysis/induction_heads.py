@@ -2,13 +2,14 @@
 
 Shape legend: B contexts, T positions, G groups that share a pattern (the heads themselves where they are plain).
 
-A group's induction score is its mean attention on the positions after an earlier occurrence of the current token (Olsson
-et al. 2022), over queries that have one. Control: the same patterns, read as if the tokens of the repetition came in
-another order, so that "the position after" is a random earlier one. A group is an induction head where its score is at
-least ``LEAST`` and three times its control. As many as that control finds by the same rule are found by chance.
+A group's induction score is its mean attention on the positions after an earlier occurrence of the current token
+(Olsson et al. 2022), over queries that have one. Control: the same patterns, read as if the tokens of the repetition
+came in another order, so that "the position after" is a random earlier one. A group is an induction head where its
+score is at least ``LEAST`` and three times its control. As many as that control finds by the same rule are found by
+chance.
 
-Intervention: what the induction heads write at the repetition is taken out of the base model's attention output, and the
-next-token loss there is compared with taking out as many other heads, the largest ones.
+Intervention: what the induction heads write at the repetition is taken out of the base model's attention output, and
+the next-token loss there is compared with taking out as many other heads, the largest ones.
 """
 
 from collections.abc import Sequence

@@ -131,7 +131,7 @@ def _linear(
 
 
 def _by_power(x: Tensor, q_maps: Tensor, k_maps: Tensor, pairs: Int[Tensor, "P 2"]) -> Int[Tensor, "H P"]:
-    """Pairs of every head by the size of what they add to scores (product of the mean squares of q and k), largest first."""
+    """Pairs of every head by what they add to scores (product of the mean squares of q and k), largest first."""
     sizes = [torch.einsum("nd,hed->nhe", x, maps).square().mean(0)[:, pairs].sum(-1) for maps in (q_maps, k_maps)]
     return (sizes[0] * sizes[1]).argsort(dim=1, descending=True, stable=True)
 

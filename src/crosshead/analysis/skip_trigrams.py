@@ -3,8 +3,8 @@
 Shape legend: B contexts, T positions, n heads looked at, D = d_model, V tokens of the vocabulary.
 
 1. QK and OV circuits, read by data: on training contexts a head moves A(t,s) ||v(s) W_O|| from s to t, s < t and not
-   the first token. Summed by the tokens at t and s, a skip-trigram head's moves gather on few pairs. Each head's pair is
-   the one with the largest sum among those that occur in two training contexts and in held-out ones.
+   the first token. Summed by the tokens at t and s, a skip-trigram head's moves gather on few pairs. Each head's pair
+   is the one with the largest sum among those that occur in two training contexts and in held-out ones.
 2. The token that the pair promotes: what the head writes at t is taken out of the base model's attention output at the
    pair's strongest training moves; the token whose logit falls most, against the mean over the vocabulary, is it.
 3. Check on held-out contexts, at places that are named by the two tokens alone: the same removal, the same token.

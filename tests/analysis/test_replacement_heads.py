@@ -109,10 +109,11 @@ def test_the_strongest_moves_are_those_of_a_loop_over_pairs(tiny_model):
     module, batch = make_module(model), captured(model, make_tokens(2, 8))
     (moves,) = skip_trigrams._strongest_moves(module, batch, torch.tensor([4]))
     pattern, v = module.patterns(batch, slice(4, 5))[:, 0], module.values(batch)[0][:, 4]
-    expected = sorted(
-        (float(pattern[b, t, s] * (v[b, s] @ module.out[16:20]).norm()), b, t, int(batch.tokens[b, t]), int(batch.tokens[b, s]))
-        for b in range(2) for t in range(2, LENGTH) for s in range(1, t)
-    )[::-1]  # fmt: skip
+    sizes = (v @ module.out[16:20]).norm(dim=-1)
+    pairs = [(b, t, s) for b in range(2) for t in range(2, LENGTH) for s in range(1, t)]
+    expected = [(float(pattern[b, t, s] * sizes[b, s]), b, t, int(batch.tokens[b, t]), int(batch.tokens[b, s]))
+                for b, t, s in pairs]  # fmt: skip
+    expected.sort(reverse=True)
     assert len(moves) == len(expected)
     for found, wanted in zip(moves[:20], expected[:20], strict=True):
         assert found[0] == pytest.approx(wanted[0], rel=1e-4)

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from crosshead.analysis.attention_metrics import evaluate
 from torch.testing import assert_close
 
 from crosshead.activations.capture import attention_specs, capture, rotary_tables
+from crosshead.analysis.attention_metrics import evaluate
 from crosshead.analysis.evaluation import EvaluationConfig
 from crosshead.analysis.replacement_metrics import effective_ranks
 from crosshead.attention.replacement import Config, Module

@@ -22,7 +22,7 @@ from typing import Annotated, NamedTuple
 import torch
 from jaxtyping import Bool, Float, Int
 from pydantic import BaseModel, ConfigDict, Field
-from torch import Tensor
+from torch import Tensor, nn
 
 from crosshead.analysis.codings import Coded, coded
 from crosshead.dictionaries.base import Batch, Trainable
@@ -30,7 +30,7 @@ from crosshead.dictionaries.base import Batch, Trainable
 __all__ = ["CodeConfig", "DescriptionLength", "describe"]
 
 _STEPS = 40
-_LOG2 = 0.6931471805599453
+"""Half octaves that a step may shrink by: a factor of a million."""
 
 
 class CodeConfig(BaseModel):
@@ -208,7 +208,7 @@ class _Counts:
 
     def __init__(self, n_patterns: int, n_octaves: int):
         self.named, self.seen = (torch.zeros(n_patterns, n_octaves, dtype=torch.float64) for _ in range(2))
-        self.levels, self.rows = (torch.zeros(n_patterns, dtype=torch.float64) for _ in range(2))
+        self.levels = torch.zeros(n_patterns, dtype=torch.float64)
 
 
 def _position_bits(
@@ -260,11 +260,10 @@ def _count(
     octave: Int[Tensor, "T T"],
 ) -> None:  # fmt: skip
     named = (levels > 0) & rows[..., None]
-    octave = octave.to(levels.device)
-    for o in range(counts.named.shape[1]):
-        here = octave == o
-        counts.named[groups, o] += (named & here).sum((0, 2, 3)).double().cpu()
-        counts.seen[groups, o] += (rows * here.sum(1)).sum((0, 2)).double().cpu()
+    kinds = nn.functional.one_hot(octave + 1, counts.named.shape[1] + 1)[..., 1:].float().to(levels.device)
+    per_pair = named.sum(0).float()
+    counts.named[groups] += (per_pair.flatten(1) @ kinds.flatten(0, 1)).double().cpu()
+    counts.seen[groups] += (rows.sum(0).float() @ kinds.sum(1)).double().cpu()
     counts.levels[groups] += (levels * named).sum((0, 2, 3)).double().cpu()
 
 

@@ -144,13 +144,18 @@ def _error(coding: Coded, split: Iterable[_Batch], change: Callable[[Tensor], Te
 
 
 def _largest(first: float, error: Callable[[float], float], limit: float) -> tuple[float, bool]:
-    """The largest of first, first / sqrt 2, ... whose error is within the limit, and whether there is one."""
-    value = first
-    for _ in range(_STEPS):
-        if error(value) <= limit:
-            return value, True
-        value /= 2**0.5
-    return value, False
+    """The largest of first, first / sqrt 2, ... whose error is within the limit, and whether there is one.
+
+    By bisection: errors grow with the step but for a ripple of less than the tolerance.
+    """
+    fails, holds = -1, _STEPS
+    while holds - fails > 1:
+        middle = (fails + holds) // 2
+        if error(first * 2 ** (-middle / 2)) <= limit:
+            holds = middle
+        else:
+            fails = middle
+    return first * 2 ** (-holds / 2), holds < _STEPS
 
 
 # ---- activations ----

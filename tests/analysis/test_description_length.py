@@ -1,6 +1,7 @@
 """Bits against entropies, precision as stated, controls."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ import torch
 from crosshead.analysis import description_length
 from crosshead.analysis.codings import coded
 from crosshead.analysis.description_length import CodeConfig, describe
+from crosshead.dictionaries.base import Batch, LayerWeights, Site
 from crosshead.dictionaries.registry import build, config_class
 from tests.attention.replacements import CASES, DIMS, LAYER, random_batch, started
 
@@ -17,18 +19,11 @@ SPARSITY = {"kind": "batch_topk", "k": 5}
 def dictionary(kind: str):
     config = config_class(kind).model_validate({"kind": kind, "layers": [LAYER], "features": 24, "sparsity": SPARSITY})
     module, batches = build(config, DIMS), [random_batch(seed) for seed in range(6)]
-    weights = {LAYER: _weights()}
+    W_O = torch.randn(DIMS.n_heads, DIMS.head_dim, 12, generator=torch.Generator().manual_seed(0))
     module.train()
-    module.start_(batches, weights, torch.Generator().manual_seed(0))
+    module.start_(batches, {LAYER: LayerWeights(W_O, torch.zeros(12))}, torch.Generator().manual_seed(0))
     module.calibrate_(batches)
     return module.eval()
-
-
-def _weights():
-    from crosshead.dictionaries.base import LayerWeights
-
-    generator = torch.Generator().manual_seed(0)
-    return LayerWeights(torch.randn(DIMS.n_heads, DIMS.head_dim, 12, generator=generator), torch.zeros(12))
 
 
 def layer(case: str):
@@ -40,6 +35,15 @@ def layer(case: str):
 MODELS = {"mtc": lambda: dictionary("mtc"), "attn_out_sae": lambda: dictionary("attn_out_sae")} | {
     case: lambda case=case: layer(case) for case in ("plain", "plain-gates", "rank_one", "rank_one-gates", "combined")
 }
+
+
+def written_by(module, seed: int) -> Batch:
+    """A batch whose attention output is what the model makes of it, and a tenth of noise: a model that fits."""
+    batch, site = random_batch(seed, 6, 16), Site(LAYER, "attn_out")
+    (written,) = module.reconstruct(batch).values()
+    noise = torch.randn(written.shape, generator=torch.Generator().manual_seed(seed))
+    size = (written - written[batch.mask].mean(0))[batch.mask].std()
+    return replace(batch, sites={**batch.sites, site: written + 0.1 * size * noise})
 
 
 def test_which_units_are_active_takes_the_entropy_of_independent_coins():
@@ -67,7 +71,7 @@ def test_values_take_the_entropy_of_their_geometric_law():
 @pytest.mark.parametrize("name", MODELS)
 def test_what_arrives_is_within_the_tolerance_and_shuffled_codes_take_no_fewer_bits(name):
     module = MODELS[name]()
-    train, heldout = ([random_batch(seed, 6, 16) for seed in seeds] for seeds in (range(10, 16), range(20, 23)))
+    train, heldout = ([written_by(module, seed) for seed in seeds] for seeds in (range(10, 16), range(20, 23)))
     found = describe(module, train, heldout, CodeConfig(tolerance=0.01))
     assert found.precision_reached
     assert found.normalised_mse_sent <= 1.05 * found.normalised_mse
@@ -77,7 +81,8 @@ def test_what_arrives_is_within_the_tolerance_and_shuffled_codes_take_no_fewer_b
     assert (found.least_weight is None) == (name == "attn_out_sae") == (found.bits_positions == 0)
     coarse = describe(module, train, heldout, CodeConfig(tolerance=0.2))
     assert coarse.bits < found.bits
-    assert coarse.step > found.step
+    assert coarse.step >= found.step
+    assert found.normalised_mse < 0.2 or name == "attn_out_sae"  # which is not trained
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -111,7 +116,7 @@ def test_keys_by_octave_cost_little_where_their_distance_is_always_the_same():
     rows = torch.ones(2, 1, 10, dtype=torch.bool)
     counts = description_length._Counts(1, 5)
     description_length._count(counts, slice(0, 1), levels, rows, octave)
-    assert counts.seen[0].tolist() == [20, 18, 30, 42, 2 * 3]
+    assert counts.seen[0].tolist() == [20, 18, 30, 36, 6]
     share = (counts.named + 0.5) / (counts.seen + 1)
     assert description_length._named_bits(counts, share) / 20 < 0.8
 

@@ -175,7 +175,7 @@ def _activation_bits(train: Int[Tensor, "m U W"], heldout: Int[Tensor, "n U W"])
 
 def _which_bits(levels: Int[Tensor, "n U W"], share: Float[Tensor, " U"]) -> float:
     counts = (levels != 0).any(-1).double().sum(0)
-    return float(-(counts * share.log2() + (len(levels) - counts) * (1 - share).log2()).sum() / len(levels))
+    return -float((counts * share.log2() + (len(levels) - counts) * (1 - share).log2()).sum() / len(levels))
 
 
 def _laws(levels: Int[Tensor, "m U W"], active: Bool[Tensor, "m U"]) -> tuple[Tensor, Tensor]:

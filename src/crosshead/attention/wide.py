@@ -3,9 +3,10 @@
 Shape legend: B contexts, G heads (or groups that share a pattern), T positions, E width of queries and keys, W width of
 values.
 
-A few heads at a time: what they attend with is computed again in the backward pass, so that no [B, G, T, T] tensor
-exists and the memory of a step grows with B T G (E + W) only. Without a pattern penalty a part is one call of
-scaled_dot_product_attention; with one, its patterns are needed and built explicitly.
+A few heads at a time, so that no [B, G, T, T] tensor exists and the memory of a step grows with B T G (E + W) only.
+Without a pattern penalty a part is one call of scaled_dot_product_attention, whose CPU kernel holds no pattern; with
+one, patterns are built explicitly, and computed again in the backward pass. So is every part on a GPU, where the kernel
+that is chosen may hold them.
 """
 
 from typing import Any, NamedTuple
@@ -13,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import pad, scaled_dot_product_attention
 from torch.utils.checkpoint import checkpoint
 
 __all__ = ["Attended", "allowed_keys", "attend", "heads_at_a_time", "pattern_costs", "patterns"]
@@ -79,7 +80,7 @@ def attend(
     allowed, outputs, costs = allowed_keys(mask), [], []
     for q, k, v in zip(q_BGTE.split(size, 1), k_BGTE.split(size, 1), v_BGTW.split(size, 1), strict=True):
         arguments = (q, k, v, mask, allowed, scale, penalty)
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() and (penalty is not None or q.device.type != "cpu"):
             z, cost = checkpoint(_attend, *arguments, use_reentrant=False, preserve_rng_state=False)
         else:
             z, cost = _attend(*arguments)
@@ -92,6 +93,11 @@ def _attend(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor, allowed: Tensor | None, scale: float, penalty: Any
 ) -> tuple[Tensor, Tensor | None]:
     if penalty is None:
-        return scaled_dot_product_attention(q, k, v, attn_mask=allowed, is_causal=allowed is None, scale=scale), None
+        width, columns = max(q.shape[-1], v.shape[-1]), v.shape[-1]
+        q, k, v = (
+            pad(x, (0, width - x.shape[-1])) for x in (q, k, v)
+        )  # only equal widths have a kernel without [T, T]
+        z = scaled_dot_product_attention(q, k, v, attn_mask=allowed, is_causal=allowed is None, scale=scale)
+        return z[..., :columns], None
     pattern = patterns(q, k, allowed, scale)
     return pattern @ v, (pattern_costs(pattern, penalty) * mask[:, None]).sum()

@@ -1,10 +1,7 @@
 """Look into attention replacement layers: skip-trigram and induction heads, and description lengths beside others'."""
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
-
-from crosshead.attention.registry import KINDS, config_class, load_attention_model
 
 from crosshead.activations.base_model import load_model
 from crosshead.activations.cache import ActivationSource
@@ -13,15 +10,16 @@ from crosshead.analysis.description_length import describe
 from crosshead.analysis.induction_heads import find_induction_heads
 from crosshead.analysis.replacement_study import ReplacementsConfig, code_row, heads_row
 from crosshead.analysis.skip_trigrams import Reader, find_skip_trigrams
+from crosshead.attention.registry import load_attention_model
 from crosshead.dictionaries.base import Batch, Site
 from crosshead.dictionaries.registry import load_dictionary
 from crosshead.io.files import atomic_directory, write_json
-from crosshead.training.runs import DICTIONARIES, Registry, Run, read_run
+from crosshead.training.runs import Run, read_run
+from flows._attention_runs import ATTENTION, read_attention_run
 from flows._inputs import open_cache
 from flows._runtime import Stage, main
 
 _CONTEXTS_PER_BATCH = 4
-_ATTENTION = Registry(KINDS, config_class, "attention_runs", "attention_models")
 
 
 def replacements(stage: Stage) -> None:
@@ -32,11 +30,11 @@ def replacements(stage: Stage) -> None:
     model = load_model(stage.data / "model", device=device)
     heads, codes = [], []
     for name in config.heads_of:
-        run, home = _find(stage, name, "heads_of")
+        run, module = _load(stage, name, "heads_of")
+        module.to(device)
         if run.kind != "replacement":
             raise ValueError(f"{stage.source}: replacements.heads_of names {name!r}, a {run.kind}; name replacement "
                              "layers only")  # fmt: skip
-        module: Any = load_attention_model(home).to(device)
         train, heldout = (_reader(cache, split, module.sites, device) for split in ("train", "heldout"))
         trigrams = find_skip_trigrams(
             module, model,
@@ -49,9 +47,8 @@ def replacements(stage: Stage) -> None:
         )
         heads.append(heads_row(run, trigrams, induction))
     for name in config.codes_of:
-        run, home = _find(stage, name, "codes_of")
-        load = load_attention_model if run.registry is _ATTENTION else load_dictionary
-        module = load(home).to(device)
+        run, module = _load(stage, name, "codes_of")
+        module.to(device)
         splits = [_first(cache, split, n_contexts, module.sites, device) for split, n_contexts in
                   (("train", config.code.train_contexts), ("heldout", config.code.heldout_contexts))]  # fmt: skip
         codes.append(code_row(run, module.config.features, describe(module, *splits, config.code)))
@@ -59,18 +56,18 @@ def replacements(stage: Stage) -> None:
         write_json(directory / "replacements.json", {"heads": heads, "description_lengths": codes})
 
 
-def _find(stage: Stage, name: str, key: str) -> tuple[Run, Path]:
-    """A run of either section, and the directory of its weights."""
-    for registry, folder in ((_ATTENTION, "attention"), (DICTIONARIES, "runs")):
-        entries = stage.sections.get(registry.runs) or {}
-        if name not in entries:
-            continue
-        kind = entries[name].get("kind") if isinstance(entries[name], dict) else None
-        defaults = (stage.sections.get(registry.defaults) or {}).get(kind) or {}
-        training = stage.sections.get("training") or {}
-        return read_run(name, entries[name], defaults, training, stage.source, registry), stage.data / folder / name
-    raise ValueError(f"{stage.source}: replacements.{key} names {name!r}, which is neither under attention_runs nor "
-                     "under runs; correct it")  # fmt: skip
+def _load(stage: Stage, name: str, key: str) -> tuple[Run, Any]:
+    """A run of either section, and its model."""
+    if name in (stage.sections.get(ATTENTION.runs) or {}):
+        return read_attention_run(stage, name), load_attention_model(stage.data / "attention" / name)
+    entries = stage.sections.get("runs") or {}
+    if name not in entries:
+        raise ValueError(f"{stage.source}: replacements.{key} names {name!r}, which is neither under attention_runs nor "
+                         "under runs; correct it")  # fmt: skip
+    kind = entries[name].get("kind") if isinstance(entries[name], dict) else None
+    defaults = (stage.sections.get("dictionaries") or {}).get(kind) or {}
+    run = read_run(name, entries[name], defaults, stage.sections.get("training") or {}, stage.source)
+    return run, load_dictionary(stage.data / "runs" / name)
 
 
 def _reader(cache: ActivationSource, split: str, sites: Sequence[Site], device: str) -> Reader:

@@ -67,7 +67,7 @@ class ReplacementEvaluation(BaseModel):
     energy_share: Spread
     """Share of the squares of what all live heads write that is one head's, times the number of live heads."""
     head_counts: list[int]
-    """Positions at which each head was active; kept beside the run's weights, not in its metrics record."""
+    """Positions at which each head was active."""
     context_squared_error: list[float]
     context_variance: list[float]
     ce_recovered: float | None = None

@@ -62,8 +62,8 @@ def _load(stage: Stage, name: str, key: str) -> tuple[Run, Any]:
         return read_attention_run(stage, name), load_attention_model(stage.data / "attention" / name)
     entries = stage.sections.get("runs") or {}
     if name not in entries:
-        raise ValueError(f"{stage.source}: replacements.{key} names {name!r}, which is neither under attention_runs nor "
-                         "under runs; correct it")  # fmt: skip
+        raise ValueError(f"{stage.source}: replacements.{key} names {name!r}, which is neither under attention_runs "
+                         "nor under runs; correct it")  # fmt: skip
     kind = entries[name].get("kind") if isinstance(entries[name], dict) else None
     defaults = (stage.sections.get("dictionaries") or {}).get(kind) or {}
     run = read_run(name, entries[name], defaults, stage.sections.get("training") or {}, stage.source)

@@ -8,7 +8,7 @@ from crosshead.analysis.claims.replacement import chance_of, compare_widths, dec
 def row(seed: int, confirmed: int = 6, found: int = 5, control: int = 0):
     return {
         "run": f"arl-s{seed}", "series": "arl-wide", "seed": seed,
-        "skip_trigrams": {"n_heads": 8, "n_confirmed": confirmed, "chance": 1 / 3, "triples": [
+        "skip_trigrams": {"n_heads": 8, "n_confirmed": confirmed, "chance": 1 / 4, "triples": [
             {"query": " a", "key": " b", "token": " c", "fall": 0.5, "confirmed": True}]},
         "induction": {"n_found": found, "n_found_by_control": control, "n_live": 60, "best_score": 0.4,
                       "base_scores": [0.1, 0.7], "n_tokens": 500,
@@ -19,19 +19,19 @@ def row(seed: int, confirmed: int = 6, found: int = 5, control: int = 0):
 @pytest.mark.parametrize(("rows", "verdict"), [
     ([row(0), row(1), row(2)], "supports"),
     ([row(0), row(1)], "inconclusive"),
-    ([row(0), row(1), row(2, confirmed=4)], "inconclusive"),
+    ([row(0), row(1), row(2, confirmed=3)], "inconclusive"),
     ([row(0), row(1), row(2, found=0)], "inconclusive"),
     ([row(0), row(1), row(2, found=5, control=2)], "inconclusive"),
-    ([row(s, confirmed=3, found=0) for s in range(3)], "contradicts"),
-    ([row(0, confirmed=3, found=0), row(1, confirmed=3, found=1), row(2, confirmed=3, found=0)], "inconclusive"),
+    ([row(s, confirmed=2, found=0) for s in range(3)], "contradicts"),
+    ([row(0, confirmed=2, found=0), row(1, confirmed=2, found=1), row(2, confirmed=2, found=0)], "inconclusive"),
 ])  # fmt: skip
 def test_signs_of_life_need_both_kinds_at_every_seed(rows, verdict):
     assert decide_life(rows).verdict == verdict
 
 
 def test_chance_is_binomial():
-    assert chance_of({"n_heads": 2, "n_confirmed": 1, "chance": 1 / 3}) == pytest.approx(5 / 9)
-    assert chance_of({"n_heads": 0, "n_confirmed": 0, "chance": 1 / 3}) == pytest.approx(1.0)
+    assert chance_of({"n_heads": 2, "n_confirmed": 1, "chance": 1 / 4}) == pytest.approx(7 / 16)
+    assert chance_of({"n_heads": 0, "n_confirmed": 0, "chance": 1 / 4}) == pytest.approx(1.0)
 
 
 def record(series: str, seed: int, error: float, tokens: int = 100):

@@ -137,6 +137,32 @@ def test_triples_are_listed_with_their_controls_and_the_same_every_time(tiny_mod
     for row in found["triples"]:
         assert row["n_train_contexts"] >= 2
         assert row["n_events"] == 2
-        others = [row["fall_other_head"], row["fall_other_token"], 0.0]
-        assert row["fall_other_token"] is None or row["confirmed"] == (row["fall"] > max(others))
+        others = [row[f"fall_other_{name}"] for name in ("head", "token", "pair")]
+        assert row["confirmed"] == (None not in others and row["fall"] > max(0.0, *others))
     assert found["n_confirmed"] == sum(row["confirmed"] for row in found["triples"])
+
+
+def test_partners_are_the_next_that_differ():
+    assert [skip_trigrams._next_different([3, 3, 5, 3], i) for i in range(4)] == [2, 2, 3, 2]
+    assert skip_trigrams._next_different([4, 4], 0) is None
+
+
+def test_the_head_that_promotes_a_token_is_told_from_the_others(tiny_model):
+    """One head alone writes, towards one token's logit: its triples are confirmed against every control but its twin."""
+    model = tiny_model("llama")
+    module, tokens = make_module(model), make_tokens(8, 1)
+    triples = [skip_trigrams._Triple(head, query, 3, 0.5, 2, [], [skip_trigrams._Place(context, 9)])
+               for head, query, context in ((1, 5, 0), (4, 6, 1), (2, 7, 2))]  # fmt: skip
+    with torch.no_grad():
+        keep = module.out[4:8].clone()
+        module.out.zero_()
+        module.out[4:8] = 5 * keep
+    fall = skip_trigrams._fall(module, model, reader(model, tokens), triples[0].heldout[0], [1])[0]
+    promoted = [(int(fall.argmax()), 1.0), (20, 1.0), (21, 1.0)]
+    first, second, _ = skip_trigrams._checked(module, model, reader(model, tokens), triples, promoted)
+    assert first.own == pytest.approx(float(fall.max()), rel=1e-4)
+    assert first.controls["head"] == pytest.approx(0.0, abs=1e-5)
+    assert first.controls["token"] == pytest.approx(float(fall[20]), rel=1e-3, abs=1e-5)
+    at_second = skip_trigrams._fall(module, model, reader(model, tokens), triples[1].heldout[0], [1])[0]
+    assert first.controls["pair"] == pytest.approx(float(at_second[promoted[0][0]]), rel=1e-3, abs=1e-5)
+    assert second.own == pytest.approx(0.0, abs=1e-5)

@@ -8,9 +8,10 @@ Shape legend: B contexts, T positions, n heads looked at, D = d_model, V tokens 
 2. The token that the pair promotes: what the head writes at t is taken out of the base model's attention output at the
    pair's strongest training moves; the token whose logit falls most, against the mean over the vocabulary, is it.
 3. Check on held-out contexts, at places that are named by the two tokens alone: the same removal, the same token.
-   Controls: removing what the next head of the list writes there (permuted heads), and the fall of the next triple's
-   token (permuted tokens). A triple is confirmed where its logit falls by more than both controls do; by chance alone
-   that is one in three.
+   Controls: removing what the next head of the list writes there (permuted heads); the fall of the next triple's token
+   (permuted tokens); the same head and token at the next triple's places (permuted pairs: a head that promotes its
+   token everywhere is no skip trigram). A triple is confirmed where its logit falls by more than all three; if the
+   four were alike, that would be one in four.
 """
 
 from collections import defaultdict
@@ -32,8 +33,8 @@ __all__ = ["CHANCE", "Reader", "find_skip_trigrams"]
 Reader = Callable[[Sequence[int]], Batch]
 """Reads contexts of one split, by number, at the sites that the module reads."""
 
-CHANCE = 1 / 3
-"""Share of triples that are confirmed when removal, head and token have nothing to do with one another."""
+CHANCE = 1 / 4
+"""Share of triples that are confirmed when head, token and pair have nothing to do with one another."""
 
 _STRONGEST = 512
 """Moves of a head that are kept of every batch."""
@@ -78,27 +79,71 @@ def find_skip_trigrams(
     for triple in triples:
         fall = torch.stack([_fall(module, model, train[0], place, [triple.head])[0] for place in triple.train]).mean(0)
         promoted.append((int(fall.argmax()), float(fall.max())))
-    rows = []
-    for i, triple in enumerate(triples):
-        other = triples[(i + 1) % len(triples)].head
-        token = promoted[i][0]
-        other_token = _next_different([token for token, _ in promoted], i)
-        falls = [_fall(module, model, heldout[0], place, [triple.head, other]) for place in triple.heldout]
-        own = sum(float(fall[0][token]) for fall in falls) / len(falls)
-        by_head = sum(float(fall[1][token]) for fall in falls) / len(falls)
-        by_token = None if other_token is None else sum(float(f[0][other_token]) for f in falls) / len(falls)
-        confirmed = other != triple.head and by_token is not None and own > max(by_head, by_token, 0.0)
-        attention, elsewhere = _attention(module, heldout[0], triple)
-        rows.append({
-            "head": triple.head, "query": _text(model, triple.query), "key": _text(model, triple.key),
-            "token": _text(model, token), "share": round(triple.share, 6), "n_train_contexts": triple.n_contexts,
-            "n_train_events": len(triple.train), "n_events": len(falls), "fall_train": round(promoted[i][1], 6),
-            "fall": round(own, 6), "fall_other_head": round(by_head, 6),
-            "fall_other_token": None if by_token is None else round(by_token, 6),
-            "attention": round(attention, 6), "attention_elsewhere": round(elsewhere, 6), "confirmed": bool(confirmed),
-        })  # fmt: skip
+    rows = [_row(module, model, heldout[0], found) for found in _checked(module, model, heldout[0], triples, promoted)]
     return {"n_heads": len(rows), "n_confirmed": sum(row["confirmed"] for row in rows), "chance": CHANCE,
             "triples": rows}  # fmt: skip
+
+
+class _Checked(NamedTuple):
+    """A triple with the token that it promotes, and by how much logits fall on held-out contexts."""
+
+    triple: _Triple
+    token: int
+    train: float
+    """Of the token, at the places where it was chosen."""
+    own: float
+    controls: dict[str, float | None]
+    """None where the list has no other head, token or pair."""
+
+
+def _checked(
+    module: Module, model: LanguageModel, reader: Reader, triples: Sequence[_Triple],
+    promoted: Sequence[tuple[int, float]],
+) -> list[_Checked]:  # fmt: skip
+    tokens = [token for token, _ in promoted]
+    other_head = [_next_different([t.head for t in triples], i) for i in range(len(triples))]
+    other_token = [_next_different(tokens, i) for i in range(len(triples))]
+    other_pair = [_next_different([(t.query, t.key) for t in triples], i) for i in range(len(triples))]
+    # Every place is run once, with all removals that are asked for there.
+    removed = [{triple.head} for triple in triples]
+    for i, (head, pair) in enumerate(zip(other_head, other_pair, strict=True)):
+        if head is not None:
+            removed[i].add(triples[head].head)
+        if pair is not None:
+            removed[pair].add(triples[i].head)
+    falls = []
+    for triple, heads in zip(triples, removed, strict=True):
+        listed = sorted(heads)
+        places = [torch.stack(_fall(module, model, reader, place, listed)) for place in triple.heldout]
+        falls.append(dict(zip(listed, torch.stack(places).mean(0), strict=True)))
+    found = []
+    for i, triple in enumerate(triples):
+        head, token, pair = other_head[i], other_token[i], other_pair[i]
+        controls = {
+            "head": None if head is None else float(falls[i][triples[head].head][tokens[i]]),
+            "token": None if token is None else float(falls[i][triple.head][tokens[token]]),
+            "pair": None if pair is None else float(falls[pair][triple.head][tokens[i]]),
+        }
+        found.append(_Checked(triple, tokens[i], promoted[i][1], float(falls[i][triple.head][tokens[i]]), controls))
+    return found
+
+
+def _row(module: Module, model: LanguageModel, reader: Reader, found: _Checked) -> dict[str, Any]:
+    triple, controls = found.triple, found.controls
+    against = [value for value in controls.values() if value is not None]
+    attention, elsewhere = _attention(module, reader, triple)
+    figures = {
+        "share": triple.share, "fall_train": found.train, "fall": found.own,
+        **{f"fall_other_{name}": value for name, value in controls.items()},
+        "attention": attention, "attention_elsewhere": elsewhere,
+    }  # fmt: skip
+    return {
+        "head": triple.head, "query": _text(model, triple.query), "key": _text(model, triple.key),
+        "token": _text(model, found.token), "n_train_contexts": triple.n_contexts,
+        "n_train_events": len(triple.train), "n_events": len(triple.heldout),
+        **{name: None if value is None else round(value, 6) for name, value in figures.items()},
+        "confirmed": len(against) == len(controls) and found.own > max(0.0, *against),
+    }  # fmt: skip
 
 
 # ---- finding pairs ----
@@ -236,10 +281,10 @@ def _attention(module: Module, reader: Reader, triple: _Triple) -> tuple[float, 
     return on_pair / len(triple.heldout), elsewhere / len(triple.heldout)
 
 
-def _next_different(tokens: Sequence[int], i: int) -> int | None:
-    """The promoted token of the next triple that promotes another one; None where all promote the same."""
-    turned = [*tokens[i + 1 :], *tokens[:i]]
-    return next((token for token in turned if token != tokens[i]), None)
+def _next_different(values: Sequence[Any], i: int) -> int | None:
+    """The next number, around the end, whose value is another than that of ``i``; None where all are equal."""
+    turned = [*range(i + 1, len(values)), *range(i)]
+    return next((j for j in turned if values[j] != values[i]), None)
 
 
 def _text(model: LanguageModel, token: int) -> str:

@@ -58,8 +58,8 @@ def _life(metrics: Record) -> Finding | None:
         f"the head, held-out{f' ({examples}; fall of the logit)' if examples else ''}; {induction['n_found']} induction "
         f"heads of {induction['n_live']:,} live, best score {induction['best_score']:.2f} (base layer "
         f"{max(induction['base_scores']):.2f}; {induction['n_tokens']:,} random tokens).{loss}",
-        control=f"Removing another listed head, and the logit of another triple's token: one triple in three is confirmed "
-        f"by chance. Tokens of the repetition in another order: {induction['n_found_by_control']} heads pass.",
+        control=f"Removing another listed head, the logit of another triple's token, the same head at another pair's "
+        f"places: {trigrams['chance']:.0%} are confirmed by chance. Tokens of the repetition in another order: {induction['n_found_by_control']} heads pass.",
         verdict=verdict,
         rule=f"Supports when at {SEEDS_TO_DECIDE} seeds or more each layer has more confirmed skip trigrams than chance "
         f"gives ({LEVEL:.0%}, binomial) and {COHERENT_LIFT:g} times as many induction heads as its control, one at least; "

@@ -148,7 +148,7 @@ def test_partners_are_the_next_that_differ():
 
 
 def test_the_head_that_promotes_a_token_is_told_from_the_others(tiny_model):
-    """One head alone writes, towards one token's logit: its triples are confirmed against every control but its twin."""
+    """One head alone writes: removing another changes nothing, and controls are the falls that they say."""
     model = tiny_model("llama")
     module, tokens = make_module(model), make_tokens(8, 1)
     triples = [skip_trigrams._Triple(head, query, 3, 0.5, 2, [], [skip_trigrams._Place(context, 9)])

@@ -180,5 +180,6 @@ def _adjusted_rand(loadings: Float[Tensor, "n M"], family: Int[Tensor, " n"]) ->
     # Products of two entries: a loading vector and its negative are one, also where no entry is clearly the largest.
     vectors = (unit[:, :, None] * unit[:, None, :]).flatten(1).numpy()
     with threadpool_limits(1):
-        labels = KMeans(n_clusters=n_families, n_init=10, random_state=0).fit_predict(vectors)
+        kmeans = KMeans(n_clusters=n_families, n_init=10, random_state=0)  # pyright: ignore[reportArgumentType]
+        labels = kmeans.fit_predict(vectors)
     return float(adjusted_rand_score(family.numpy(), labels))

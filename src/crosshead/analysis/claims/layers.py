@@ -108,7 +108,8 @@ def decide_layers(comparison: Record, controls: dict[str, Record | None], matche
             return Decision("inconclusive", f"control {name} was not compared")
         if (few := too_few(control["n_seeds"], f" of control {name}")) is not None:
             return few
-    plain = objective(controls["other contexts"])
+    held = {label: control for label, control in controls.items() if control is not None}
+    plain = objective(held["other contexts"])
     if plain is None:
         return Decision("inconclusive", "control (i) has no L1 runs, and L0 falls even where nothing is shared")
     if not 1 - NO_GAP <= plain <= 1 + NO_GAP:
@@ -125,7 +126,7 @@ def decide_layers(comparison: Record, controls: dict[str, Record | None], matche
     if own is None or own >= 1 - NO_GAP:
         return Decision("inconclusive", "the objective shows no gap")
     for label, name in (("matched tokens", "(ii)"), ("shared input", "(iii)")):
-        other = objective(controls[label])
-        if not lies_below(comparison, controls[label]) or other is None or own >= other:
+        other = objective(held[label])
+        if not lies_below(comparison, held[label]) or other is None or own >= other:
             return Decision("inconclusive", f"the gap does not beat control {name}: shared input")
     return Decision("supports", "below 1 and below controls (ii) and (iii), by frontier and objective")

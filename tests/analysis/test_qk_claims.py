@@ -18,7 +18,7 @@ REFERENCES = [{"name": f"coordinates/{r}", "l0": float(r), "normalised_mse": 0.5
 
 @pytest.fixture(autouse=True)
 def _few_draws(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("crosshead.analysis.frontiers._DRAWS", 20)
+    monkeypatch.setattr("crosshead.analysis.resampling._DRAWS", 20)
     monkeypatch.setattr("crosshead.analysis.frontiers._BETWEEN", 8)
 
 

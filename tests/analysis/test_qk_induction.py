@@ -78,8 +78,8 @@ def test_the_share_equals_plain_loops():
 @pytest.fixture(scope="module")
 def found(tiny_model):
     model = tiny_model("llama")
-    module, heldout = trained(model, heads=[0])
-    config = InductionConfig(sequences=2, length=16, text_contexts=6, top=3, permutations=4, minimum_firings=2)
+    module, heldout = trained(model)
+    config = InductionConfig(sequences=8, length=16, text_contexts=6, top=3, permutations=4, minimum_firings=2)
     return induction_features(module, model, heldout, config), induction_features(module, model, heldout, config)
 
 

@@ -18,6 +18,7 @@ def setup(tiny_model):
     return model, module, heldout
 
 
+@torch.no_grad()
 def test_errors_equal_those_of_plain_loops(setup):
     _, module, heldout = setup
     found = evaluate(module, heldout, CONFIG)

@@ -26,8 +26,10 @@ BASES: dict[str, dict[str, Any]] = {
     "two-frequencies": {"heads": [0], "kernel_frequencies": 2, "target": "pattern"},
     "resid-mean": {"heads": [1], "input": "resid", "base": "mean"},
 }
-CASES = {f"{name}/{form}": base | {"layers": [1], "features": 20, "sparsity": sparsity}
-         for name, base in BASES.items() for form, sparsity in SPARSITIES.items()}  # fmt: skip
+_FORMS = [("one-head", form) for form in SPARSITIES] + [("two-heads-rank3", "jumprelu"), ("all-heads", "l1")]
+_FORMS += [(name, "batch_topk") for name in BASES if name not in ("one-head", "all-heads")] + [("content", "topk")]
+CASES = {f"{name}/{form}": BASES[name] | {"layers": [1], "features": 20, "sparsity": SPARSITIES[form]}
+         for name, form in _FORMS}  # fmt: skip
 
 
 def spec(**changes: Any) -> AttentionSpec:

@@ -1,16 +1,14 @@
 """Parameters of the evidence and gpu profiles: the laptop's at other sizes, with other runs."""
 
 import copy
-from pathlib import Path
 from typing import Any
 
 import yaml
 
 from crosshead.io.settings import read_sections
+from flows._closure import ROOT
 
-__all__ = ["ROOT", "derived_parameters"]
-
-ROOT = Path(__file__).resolve().parents[1]
+__all__ = ["derived_parameters"]
 
 Sections = dict[str, Any]
 

@@ -9,7 +9,9 @@ import pytest
 import yaml
 
 from crosshead.dictionaries.registry import KINDS
-from flows.sync import PROFILES, ROOT, code_closure, derived_parameters, import_graph, stage_names
+from flows._closure import ROOT, code_closure, import_graph, training_closure
+from flows._profiles import derived_parameters
+from flows.sync import PROFILES, stage_names
 
 PIPELINE = yaml.safe_load((ROOT / "dvc.yaml").read_text())
 STAGES = stage_names()
@@ -63,14 +65,17 @@ def test_what_a_stage_loads_is_among_its_dependencies():
     loaded = dict(json.loads(line) for line in subprocess.check_output(command, cwd=ROOT, text=True).splitlines())
     assert set(loaded) == set(STAGES)
     for stage, files in loaded.items():
-        listed = {dep.replace("${item.kind}", kind) for dep in code(stage) for kind in KINDS}
+        listed = set(code("code" if stage == "train" else stage))
         assert {Path(file).relative_to(ROOT).as_posix() for file in files} <= listed, stage
 
 
-def test_a_training_depends_on_no_architecture_but_its_own():
-    listed = [Path(dep).stem for dep in code("train") if Path(dep).parent.name == "dictionaries"]
-    assert "${item.kind}" in listed
-    assert not set(KINDS) & set(listed)
+def test_a_training_depends_on_what_its_own_architecture_runs(graph):
+    assert "${paths.data}/code/${item.kind}.json" in definition("train")["deps"]
+    for kind in KINDS:
+        listed = training_closure(kind, graph)
+        assert set(listed) <= set(code("code"))
+        assert "flows/train.py" in listed
+        assert set(KINDS) & {Path(file).stem for file in listed if "/dictionaries/" in file} == {kind}
 
 
 @pytest.mark.parametrize("stage", STAGES)

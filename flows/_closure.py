@@ -1,0 +1,64 @@
+"""Which files a stage runs: the closure of its imports.
+
+DVC does not follow imports, so every stage lists these files. Architectures are the one exception: the registry imports
+them by name, and a training runs the file of its own architecture only.
+"""
+
+from pathlib import Path
+
+import grimp
+
+from crosshead.dictionaries.registry import KINDS
+
+__all__ = ["ROOT", "code_closure", "import_graph", "training_closure"]
+
+ROOT = Path(__file__).resolve().parents[1]
+
+_REGISTRY = "crosshead.dictionaries.registry"
+_TEMPLATES = "src/crosshead/reporting/templates"
+_ARCHITECTURES = {kind: f"crosshead.dictionaries.{kind}" for kind in KINDS}
+
+
+def import_graph() -> grimp.ImportGraph:
+    """Who imports whom, functions' own imports included, imports for type checkers not."""
+    return grimp.build_graph("crosshead", "flows", exclude_type_checking_imports=True, cache_dir=None)
+
+
+def code_closure(stage: str, graph: grimp.ImportGraph | None = None) -> list[str]:
+    """The files a stage imports, packages included, as dvc.yaml should list them.
+
+    None for ``train``, which depends on a list that ``code`` writes; ``code`` depends on all that any training runs.
+    """
+    graph = graph or import_graph()
+    if stage == "train":
+        return []
+    roots = {f"flows.{stage}"} | ({"flows.train"} if stage == "code" else set())
+    found = _closure(graph, roots)
+    beside = {_TEMPLATES} if "crosshead.reporting.render" in found else set()
+    if _REGISTRY in found:
+        found |= _closure(graph, set(_ARCHITECTURES.values()))
+    return sorted({_path(module) for module in found} | beside)
+
+
+def training_closure(kind: str, graph: grimp.ImportGraph) -> list[str]:
+    """The files that a training of one architecture imports."""
+    return sorted(_path(module) for module in _closure(graph, {"flows.train", _ARCHITECTURES[kind]}))
+
+
+def _closure(graph: grimp.ImportGraph, modules: set[str]) -> set[str]:
+    found: set[str] = set()
+    pending = set(modules)
+    while pending:
+        module = pending.pop()
+        found.add(module)
+        imported = graph.find_modules_directly_imported_by(module)
+        if "." in module:
+            imported = imported | {module.rpartition(".")[0]}
+        pending |= imported - found
+    return found
+
+
+def _path(module: str) -> str:
+    path = Path("src" if module.startswith("crosshead") else ".", *module.split("."))
+    package = ROOT / path / "__init__.py"
+    return (path / "__init__.py" if package.exists() else path.with_suffix(".py")).as_posix()

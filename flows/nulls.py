@@ -32,10 +32,10 @@ def nulls(stage: Stage) -> None:
     teacher = load_dictionary(home).to(device)
     teacher.engine = runs[0].schedule.engine
     cache = open_cache(stage, device)
-    planted = PlantedSource(cache, teacher)
-    for run, own in zip(runs, dictionaries, strict=True):
-        _check_target(stage, run, own, planted)
     with stage.work(_identity(stage, config, home)) as work:
+        planted = PlantedSource(cache, teacher, work)
+        for run, own in zip(runs, dictionaries, strict=True):
+            _check_target(stage, run, own, planted)
         rows = [_trained(run, own, planted, evaluation, device, work / run.name)
                 for run, own in zip(runs, dictionaries, strict=True)]  # fmt: skip
         real, noise = (_heldout_error(teacher, source, evaluation, device) for source in (cache, planted))

@@ -7,6 +7,7 @@ from torch.testing import assert_close
 
 from crosshead.activations.batches import Batches
 from crosshead.activations.cache import ActivationCache
+from crosshead.analysis import one_head
 from crosshead.analysis.evaluation import EvaluationConfig, evaluate
 from crosshead.analysis.one_head import NullConfig, PlantedSource, null_record, null_row
 from crosshead.dictionaries.base import Batch, Site
@@ -48,8 +49,8 @@ def teacher(cache, tmp_path_factory: pytest.TempPathFactory):
 
 
 @pytest.fixture(scope="module")
-def planted(cache, teacher) -> PlantedSource:
-    return PlantedSource(cache, teacher)
+def planted(cache, teacher, tmp_path_factory: pytest.TempPathFactory) -> PlantedSource:
+    return PlantedSource(cache, teacher, tmp_path_factory.mktemp("planted"))
 
 
 def every(source, split: str, sites: Sequence[Site] = SITES) -> Batch:
@@ -86,13 +87,35 @@ def test_noise_has_the_size_of_the_residual_exactly_and_nothing_else_changes(cac
     assert torch.equal(null.tokens, real.tokens)
 
 
-def test_a_context_is_planted_alike_at_every_reading_and_in_every_company(cache, teacher, planted):
+def test_a_context_is_planted_alike_at_every_reading_and_in_every_company(cache, teacher, planted, tmp_path):
     together = planted.read("train", [3, 7, 1], SITES)[TARGET]
-    again = PlantedSource(cache, teacher).read("train", [3, 7, 1], SITES)[TARGET]
-    assert torch.equal(together, again)
-    assert_close(planted.read("train", [7], [TARGET])[TARGET][0], together[1], rtol=1e-4, atol=1e-4)
-    other = PlantedSource(cache, teacher, seed=1).read("train", [3, 7, 1], SITES)[TARGET]
+    anew = PlantedSource(cache, teacher, tmp_path)
+    assert torch.equal(anew.read("train", [7], [TARGET])[TARGET][0], together[1])
+    assert torch.equal(anew.read("train", [3, 7, 1], SITES)[TARGET], together)
+    other = PlantedSource(cache, teacher, tmp_path, seed=1).read("train", [3, 7, 1], SITES)[TARGET]
     assert not torch.allclose(other, together, atol=1e-3)
+
+
+def test_a_split_is_planted_once_for_all_sources_of_one_home_and_whole_or_not_at_all(
+    cache, teacher, tmp_path, monkeypatch
+):
+    calls, real = [], one_head.planted_target
+
+    def dies(*arguments):
+        calls.append(arguments)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return real(*arguments)
+
+    monkeypatch.setattr(one_head, "planted_target", dies)
+    with pytest.raises(KeyboardInterrupt):
+        PlantedSource(cache, teacher, tmp_path).read("heldout", [0], SITES)
+    assert not list(tmp_path.iterdir())
+    first = PlantedSource(cache, teacher, tmp_path).read("heldout", [0, 1], SITES)[TARGET]
+    planted_contexts = len(calls)
+    second = PlantedSource(cache, teacher, tmp_path).read("heldout", [0, 1], SITES)[TARGET]
+    assert torch.equal(first, second)
+    assert len(calls) == planted_contexts == 3 + cache.n_contexts("heldout")
 
 
 def test_sites_that_are_not_planted_need_no_teacher(cache, planted, monkeypatch):
@@ -113,7 +136,7 @@ class Perfect(PlantedSource):
 
 
 def test_without_residuals_the_teacher_is_the_truth_and_a_top1_student_comes_close_to_it(cache, teacher, tmp_path):
-    perfect = PlantedSource(Perfect(cache, teacher), teacher)
+    perfect = PlantedSource(Perfect(cache, teacher, tmp_path), teacher, tmp_path)
     truth, config = every(perfect, "heldout"), EvaluationConfig(detail_contexts=1)
     assert_close(truth[TARGET][:, 1:], teacher.reconstruct(truth)[TARGET][:, 1:], rtol=1e-4, atol=1e-4)
 
@@ -138,7 +161,7 @@ def test_without_residuals_the_teacher_is_the_truth_and_a_top1_student_comes_clo
 @pytest.mark.parametrize(
     "changes", [{"heads_per_feature": "all"}, {"target": "resid_out"}, {"kind": "attn_out_sae", "heads_per_feature": 0}]
 )
-def test_a_teacher_that_is_no_top1_of_the_attention_output_is_refused(changes, cache):
+def test_a_teacher_that_is_no_top1_of_the_attention_output_is_refused(changes, cache, tmp_path):
     if changes.get("kind") == "attn_out_sae":
         config = config_class("attn_out_sae").model_validate(
             {"kind": "attn_out_sae", "layers": [1], "features": 8, "sparsity": {"kind": "topk", "k": 2}}
@@ -146,13 +169,13 @@ def test_a_teacher_that_is_no_top1_of_the_attention_output_is_refused(changes, c
     else:
         config = dictionary(**changes)
     with pytest.raises(ValueError, match=r"name a Top-1 mtc run with target attn_out in nulls\.teacher"):
-        PlantedSource(cache, build(config, cache.dims))
+        PlantedSource(cache, build(config, cache.dims), tmp_path)
 
 
-def test_one_context_has_no_other_to_take_residuals_from(cache, teacher, monkeypatch):
+def test_one_context_has_no_other_to_take_residuals_from(cache, teacher, tmp_path, monkeypatch):
     monkeypatch.setattr(cache, "n_contexts", lambda split: 1)
     with pytest.raises(ValueError, match=r"heldout has one context.*raise corpus"):
-        PlantedSource(cache, teacher).read("heldout", [0], SITES)
+        PlantedSource(cache, teacher, tmp_path).read("heldout", [0], SITES)
 
 
 def test_rows_are_what_frontiers_compare(cache, planted, teacher):

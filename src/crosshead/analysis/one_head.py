@@ -1,6 +1,6 @@
 """The one-head null: how much a many-heads dictionary gains where every feature is known to have one head.
 
-Shape legend: B contexts, T positions, D = d_model.
+Shape legend: n contexts of a split, B of a batch, T positions, D = d_model.
 
 In real activations a Top-1 multitoken transcoder is taken for the truth. The planted attention output of a context is
 the Top-1 teacher's prediction of it plus noise: the teacher's residuals at the counted positions of another context, in
@@ -13,11 +13,13 @@ beyond these. The source asks for no null; design choice.
 """
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
 import torch
 from jaxtyping import Float
+from numpy.lib.format import open_memmap
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 from torch import Tensor
 
@@ -25,6 +27,7 @@ from crosshead.activations.cache import ActivationSource
 from crosshead.analysis.evaluation import Evaluation
 from crosshead.analysis.frontiers import compare_series
 from crosshead.dictionaries.base import Batch, Dictionary, Site
+from crosshead.io.files import atomic_path
 from crosshead.training.runs import Run
 
 __all__ = ["NullConfig", "PlantedSource", "null_record", "null_row", "planted_target"]
@@ -53,13 +56,15 @@ class NullConfig(BaseModel):
 class PlantedSource(ActivationSource):
     """A source of activations whose attention output at one layer is planted; everything else is the source's own.
 
-    Planted contexts are computed when they are read, the same at every reading: which context gives the residuals, and
-    their order, depend on ``seed``, split and context only. Masked positions keep the source's own attention output.
+    A split is planted once, when it is first read, into a memory-mapped file in ``home`` (4 n T D bytes); files that an
+    earlier source of the same teacher, source and seed left there are taken as they are. Which context gives the
+    residuals, and their order, depend on ``seed``, split and context only. Masked positions keep the source's own
+    attention output.
     ValueError unless the teacher predicts the attention output with one head per feature, and for a split of one
     context, which has no other to take residuals from.
     """
 
-    def __init__(self, source: ActivationSource, teacher: Dictionary, seed: int = 0):
+    def __init__(self, source: ActivationSource, teacher: Dictionary, home: Path, seed: int = 0):
         super().__init__(source.directory, source.manifest)
         heads = getattr(teacher.config, "heads_per_feature", None)
         names = [site.name for site in teacher.target_sites]
@@ -67,9 +72,10 @@ class PlantedSource(ActivationSource):
             raise ValueError(f"the teacher is a {teacher.config.kind} with heads_per_feature {heads} that predicts "
                              f"{', '.join(names)}; name a Top-1 mtc run with target attn_out in "
                              "nulls.teacher")  # fmt: skip
-        self.source, self.teacher, self.seed = source, teacher.eval(), seed
+        self.source, self.teacher, self.home, self.seed = source, teacher.eval(), home, seed
         (self.planted,) = teacher.target_sites
         self._donors: dict[str, list[int]] = {}
+        self._targets: dict[str, np.ndarray] = {}
 
     def n_contexts(self, split: str) -> int:
         return self.source.n_contexts(split)
@@ -92,22 +98,38 @@ class PlantedSource(ActivationSource):
             raise ValueError(f"site {self.planted} is planted and has no single rows; name runs without a control")
         return self.source.rows(split, contexts, positions, sites)
 
-    @torch.no_grad()
     def read(
         self, split: str, indices: Sequence[int], sites: Sequence[Site], *, device: torch.device | str = "cpu"
     ) -> Batch:
         """See ``ActivationSource.read``."""
         if self.planted not in sites:
             return self.source.read(split, indices, sites, device=device)
-        needed = tuple(dict.fromkeys((*sites, *self.teacher.sites)))
-        batch = self.source.read(split, indices, needed, device=device)
-        donors = [self.donor(split, index) for index in indices]
-        donated = self.source.read(split, donors, self.teacher.sites, device=device)
-        orders = [self._order(split, index, int(mask.sum()))
-                  for index, mask in zip(indices, batch.mask, strict=True)]  # fmt: skip
-        found = {site: batch.sites[site] for site in sites}
-        found[self.planted] = planted_target(self.teacher, batch, donated, orders)
-        return Batch(found, batch.mask, batch.tokens)
+        others = [site for site in sites if site != self.planted]
+        batch = self.source.read(split, indices, others, device=device)
+        target = torch.from_numpy(self._target(split)[list(indices)]).to(device)
+        return Batch({**batch.sites, self.planted: target}, batch.mask, batch.tokens)
+
+    def _target(self, split: str) -> Float[np.ndarray, "n T D"]:
+        if split not in self._targets:
+            file = self.home / f"planted-{split}-{self.seed}.npy"
+            if not file.exists():
+                self._plant(split, file)
+            self._targets[split] = np.load(file, mmap_mode="r")
+        return self._targets[split]
+
+    @torch.no_grad()
+    def _plant(self, split: str, file: Path) -> None:
+        """One context after the other, so that no context depends on those it is read with."""
+        shape = (self.n_contexts(split), self.context_length, self.dims.d_model)
+        device, donors = next(self.teacher.parameters()).device, [self.donor(split, c) for c in range(shape[0])]
+        with atomic_path(file) as temporary:
+            target = open_memmap(temporary, mode="w+", dtype=np.float32, shape=shape)
+            for index, donor in enumerate(donors):
+                batch, donated = (self.source.read(split, [c], self.teacher.sites, device=device)
+                                  for c in (index, donor))  # fmt: skip
+                order = self._order(split, index, batch.n_counted)
+                target[index] = planted_target(self.teacher, batch, donated, [order])[0].cpu().numpy()
+            target.flush()
 
     def donor(self, split: str, index: int) -> int:
         """The context whose residuals a context gets: never its own, and each gives to exactly one."""

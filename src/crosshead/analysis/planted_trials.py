@@ -124,7 +124,7 @@ def _null_ratio(
     work: Path,
 ) -> float:  # fmt: skip
     """The ratio where the Top-1 model's prediction, with its residuals from elsewhere, is the target."""
-    planted = PlantedSource(cache, pair["top1"].module, seed)
+    planted = PlantedSource(cache, pair["top1"].module, work / "null", seed)
     # Another seed than the teacher's: a student that begins where its teacher did would be favoured.
     return _ratio(_pair(planted, training, features, k, seed + 1_000, work / "null"))
 

@@ -174,7 +174,7 @@ WRONG = {
         "survey.layers.adjacent = -4: input should be greater than or equal to 0",
     ),
     "surveyed layers from above": (
-        "survey.layers", [9, 3, 8], "survey.layers: first=9 lies above second=3; exchange them"
+        "survey.layers", [9, 3, 10], "survey.layers: first=9 lies above second=3; exchange them"
     ),
     "run that is no mapping": ("runs.mtc-k20", 60, "runs.mtc-k20 = 60 is not a mapping; give it kind"),
 }  # fmt: skip

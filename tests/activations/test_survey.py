@@ -100,7 +100,7 @@ def test_random_tokens_repeat_once_and_are_otherwise_distinct_and_ordinary(tiny_
 # --- choice of layers
 
 
-def test_the_far_pair_has_the_largest_sum_at_the_gap_and_the_neighbour_the_higher_score():
+def test_the_far_pair_has_the_largest_sum_at_the_gap_and_the_neighbour_lies_above():
     scores = [0.0, 0.1, 0.9, 0.8, 0.2, 0.3, 0.0, 0.5]
     assert choose_layers(scores, 3) == LayerChoice(first=2, second=7, adjacent=3)
     assert choose_layers(scores, 1) == LayerChoice(first=2, second=3, adjacent=3)
@@ -115,7 +115,7 @@ def test_the_choice_agrees_with_trying_every_pair():
         best = max(scores[a] + scores[b] for a in range(9) for b in range(9) if b - a >= gap)
         assert scores[chosen.first] + scores[chosen.second] == best
         assert chosen.second - chosen.first >= gap
-        assert abs(chosen.adjacent - chosen.first) == 1
+        assert chosen.adjacent == chosen.first + 1
 
 
 def test_survey_records_every_head_and_saves_exactly(tiny_model, corpus, tmp_path):
@@ -133,8 +133,8 @@ def test_survey_records_every_head_and_saves_exactly(tiny_model, corpus, tmp_pat
 
 
 def test_listed_layers_override_the_choice(tiny_model, corpus):
-    config = SurveyConfig(**SMALL | {"layers": {"first": 1, "second": 2, "adjacent": 0}, "min_gap": 6})
-    assert survey(tiny_model("llama"), corpus, config).layers == LayerChoice(first=1, second=2, adjacent=0)
+    config = SurveyConfig(**SMALL | {"layers": {"first": 0, "second": 1, "adjacent": 2}, "min_gap": 6})
+    assert survey(tiny_model("llama"), corpus, config).layers == LayerChoice(first=0, second=1, adjacent=2)
 
 
 def test_a_list_names_first_second_and_adjacent():
@@ -171,12 +171,13 @@ def test_a_corpus_of_another_tokenizer_is_refused(smollm2, corpus):
         ({"layers": "best"}, "auto"),
         ({"layers": {"first": 1}}, "Field required"),
         ({"layers": {"first": 1, "second": 1, "adjacent": 2}}, "first=1 must differ"),
+        ({"layers": {"first": 1, "second": 2, "adjacent": 0}}, "adjacent=0 lies below first=1"),
         ({"layers": [17, 23]}, r"got survey.layers = \[17, 23\]; write auto or three layers"),
         ({"layers": 17}, r"got survey.layers = 17; write auto or three layers"),
         ({"layers": [17, -23, 18]}, "survey.layers lists -23; layers are numbers from 0 on"),
         ({"layers": [17, True, 18]}, "survey.layers lists True"),
         ({"layers": [17, 17, 18]}, "first=17 must differ"),
-        ({"layers": [23, 17, 18]}, "first=23 lies above second=17; exchange them"),
+        ({"layers": [23, 17, 24]}, "first=23 lies above second=17; exchange them"),
         ({"layers": {"first": 3, "second": 2, "adjacent": 4}}, "first=3 lies above second=2"),
         ({"sequence": 3}, "Extra inputs"),
         ({"length": 1}, "greater than or equal to 4"),

@@ -51,13 +51,17 @@ class LayerChoice(BaseModel):
     second: Annotated[int, Field(ge=0)]
     """The upper layer of the far pair."""
     adjacent: Annotated[int, Field(ge=0)]
-    """The layer that is paired with the first as its neighbour; it may lie above or below."""
+    """The layer above the first that is paired with it as its neighbour. Above, because the controls of both pairs are
+    made from the first layer, the lowest."""
 
     @model_validator(mode="after")
     def _pairs_are_pairs(self) -> "LayerChoice":
         if self.first in (self.second, self.adjacent):
             raise ValueError(f"survey.layers: first={self.first} must differ from second={self.second} and "
                              f"adjacent={self.adjacent}")  # fmt: skip
+        if self.adjacent < self.first:
+            raise ValueError(f"survey.layers: adjacent={self.adjacent} lies below first={self.first}; name the layer "
+                             "above it")  # fmt: skip
         return self
 
 
@@ -187,15 +191,14 @@ def choose_layers(layer_scores: Sequence[float], min_gap: int) -> LayerChoice:
     """Choose the layers with the clearest induction heads (design choice).
 
     A layer's score is the sum of its heads' induction scores on repeated random tokens. ``first`` and ``second`` are
-    the pair at least ``min_gap`` layers apart whose scores have the largest sum; ``adjacent`` is the neighbour of
-    ``first`` with the higher score. Ties go to the lower layer.
+    the pair at least ``min_gap`` layers apart whose scores have the largest sum, ties to the lower layer; ``adjacent``
+    is the layer above ``first``.
     """
     n_layers = len(layer_scores)
     assert 0 < min_gap < n_layers, "the caller checks that a pair exists"
     pairs = [(a, b) for a, b in combinations(range(n_layers), 2) if b - a >= min_gap]
     first, second = max(pairs, key=lambda pair: layer_scores[pair[0]] + layer_scores[pair[1]])
-    neighbours = [layer for layer in (first - 1, first + 1) if 0 <= layer < n_layers]
-    return LayerChoice(first=first, second=second, adjacent=max(neighbours, key=lambda layer: layer_scores[layer]))
+    return LayerChoice(first=first, second=second, adjacent=first + 1)
 
 
 def repeated_random_tokens(model: LanguageModel, sequences: int, length: int, seed: int) -> Int[Tensor, "n T"]:

@@ -25,11 +25,19 @@ def backend(request, monkeypatch):
 
 @pytest.mark.parametrize(
     ("seed", "density", "few"),
-    [(0, 0.0, False), (0, 0.1, True), (0, 1.0, False), (0, 1.0, True), (3, 0.1, False), (3, 0.1, True), (3, 1.0, False)],
+    [
+        (0, 0.0, False),
+        (0, 0.1, True),
+        (0, 1.0, False),
+        (0, 1.0, True),
+        (3, 0.1, False),
+        (3, 0.1, True),
+        (3, 1.0, False),
+    ],
 )
 def test_every_gradient_equals_dense_autograd_in_float64(backend, seed, density, few):
-    p = Problem(seed, density, contexts=1 + (seed > 0), positions=3, features=7 + 9 * seed, d_in=5, d_out=6, heads=1 + seed,
-                device=DEVICE)  # fmt: skip
+    p = Problem(seed, density, contexts=1 + (seed > 0), positions=3, features=7 + 9 * seed, d_in=5, d_out=6,
+                heads=1 + seed, device=DEVICE)  # fmt: skip
     compare(p, Engine(shares_mib=1e-3), 1e-10, p.movers if few else None)
 
 

@@ -80,7 +80,11 @@ def documents(seeds=(0,), top1_factor: float = 1.1, both_factor: float = 0.9, p_
         "clusters": {"clusters": [{"source": s, "k": 64, "seed": 0} | fit for s in sources],
                      "sizes": [{"source": s, "k": 64, "seed": 0, "sizes": [9, 5, 2, 1, 0]} for s in sources],
                      "agreement": [{"source": "mtc-30", "k": 64, "adjusted_rand": 0.5}],
-                     "n_features": {"mtc-30": 120}, "bootstraps": 100, "hdbscan": []},
+                     "n_features": {"mtc-30": 120}, "bootstraps": 100, "hdbscan": [
+                         {"source": "mtc-30", "n_clusters": 3, "unassigned": 0.4, "k": 4, "adjusted_rand": 0.5},
+                         {"source": "mtc-30/sphere", "n_clusters": 0, "unassigned": 1.0, "k": None,
+                          "adjusted_rand": None},
+                     ]},
         "audit": {"tolerance": 1e-4, "runs": [{"run": "mtc-30", "architecture": "mtc", "normalised_mse": 0.16,
                                                "recomputed": 0.16, "difference": 2e-8, "agrees": True,
                                                "heads_per_feature": "all", "target": "attn_out", "sparsity": "topk",

@@ -51,6 +51,16 @@ def test_every_picture_of_the_markdown_is_in_the_page(report):
     assert page.count("<img ") == len(pictures)
 
 
+def test_clusters_by_density_and_examples_stand_beside_their_rivals(report):
+    metrics, markdown, _, _ = report
+    assert "| mtc-30 | 3 | 40% | 4 | 0.50 |" in markdown
+    labels = [line.split("|")[1].strip() for line in markdown.split("Examples for reading")[1].splitlines()[4:]
+              if line.startswith("|")]  # fmt: skip
+    shown = list(dict.fromkeys(e["label"] for run in metrics["meaning"]["runs"].values() for e in run["examples"]))
+    seen = [label for label in labels if label in shown]
+    assert seen == sorted(seen, key=list(dict.fromkeys(seen)).index), "a label's rows stand together"
+
+
 def test_every_run_and_verdict_is_shown(report):
     metrics, markdown, page, _ = report
     for row in metrics["frontier"]:

@@ -42,6 +42,10 @@ _CLUSTERS = (
     Column("x_min", "x_min"), Column("KS", "ks", "{:.3f}"), Column("p", "p_value", "{:.2f}"),
     Column("rival wins", "winner"), Column("non-empty", "n_clusters"),
 )  # fmt: skip
+_DENSITY = (
+    Column("loadings", "source"), Column("clusters", "n_clusters"), Column("features in none", "unassigned", "{:.0%}"),
+    Column("k-means with k", "k"), Column("agreement (adjusted Rand)", "adjusted_rand", "{:.2f}"),
+)  # fmt: skip
 _AUDIT = (
     Column("run", "run"), Column("architecture", "architecture"), Column("target", "target"),
     Column("heads", "heads_per_feature"), Column("sparsity", "sparsity"),
@@ -131,9 +135,9 @@ _ENRICHED = (
     Column("q", "q_value", "{:.1e}"),
 )
 _EXAMPLES = (
+    Column("label", "label"),
     Column("run", "run"),
     Column("feature", "feature"),
-    Column("label", "label"),
     Column("text", "text"),
 )
 _CLEAREST_HEADS = 10
@@ -164,6 +168,7 @@ def render_markdown(metrics: Record, findings: Sequence[Any]) -> str:
         matched=markdown_table(_MATCHED, metrics["matched_l0"]),
         references=markdown_table(_REFERENCES, rows),
         clusters=markdown_table(_CLUSTERS, [c | {"winner": _winner(c)} for c in metrics["clusters"]]),
+        density=markdown_table(_DENSITY, metrics["cluster_hdbscan"]) if metrics["cluster_hdbscan"] else "",
         smallest_k=min((c["k"] for c in metrics["clusters"]), default="any"),
         audit=markdown_table(_AUDIT, metrics["audit"]["runs"]),
         inputs={label: markdown_table(_RUNS, other["frontier"]) for label, other in metrics["inputs"].items()},
@@ -209,6 +214,8 @@ def _meaning(meaning: Record) -> Record:
         for example in found["examples"]
         for text in example["texts"][:1]
     ]
+    # One label's features of all dictionaries stand together.
+    examples.sort(key=lambda row: labels.index(row["label"]))
     return _Dotted({
         "labels": markdown_table(columns, counted),
         "numbers": markdown_table(_MEANING, [_numbers(run, found) for run, found in meaning["runs"].items()]),

@@ -8,15 +8,13 @@ from dataclasses import replace
 from typing import Any
 
 from crosshead.activations.cache import ActivationSource
-from crosshead.attention.registry import KINDS, config_class
 from crosshead.dictionaries.base import Trainable
-from crosshead.training.runs import Registry, Run, read_run
+from crosshead.training.attention_runs import ATTENTION
+from crosshead.training.runs import Run, read_run
 from flows import _runtime
 from flows._runtime import Stage
 
-__all__ = ["ATTENTION", "main", "of_run", "read_attention_run", "take_attention_"]
-
-ATTENTION = Registry(KINDS, config_class, "attention_runs", "attention_models")
+__all__ = ["main", "of_run", "read_attention_run", "take_attention_"]
 
 
 def read_attention_run(stage: Stage, name: str) -> Run:

@@ -77,6 +77,7 @@ def _save(stage: Stage, run: Run, module: Trainable, history: list[dict[str, flo
         (directory / "model").rmdir()
         write_json(directory / "history.json", history)
     write_json(stage.reports / "attention" / f"{run.name}.json", record)
+    write_json(stage.reports / "summaries" / f"{run.name}.json", final_metrics(record))
 
 
 @contextmanager

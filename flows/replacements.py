@@ -14,8 +14,9 @@ from crosshead.attention.registry import load_attention_model
 from crosshead.dictionaries.base import Batch, Site
 from crosshead.dictionaries.registry import load_dictionary
 from crosshead.io.files import atomic_directory, write_json
+from crosshead.training.attention_runs import ATTENTION
 from crosshead.training.runs import Run, read_run
-from flows._attention_runs import ATTENTION, read_attention_run
+from flows._attention_runs import read_attention_run
 from flows._inputs import open_cache
 from flows._runtime import Stage, main
 

@@ -10,9 +10,10 @@ from crosshead.activations.base_model import LanguageModel
 from crosshead.analysis.evaluation import EvaluationConfig
 from crosshead.dictionaries.base import Batch, Trainable
 
-__all__ = ["evaluate"]
+__all__ = ["HOMES", "evaluate"]
 
-_HOMES = {"qk_diagonal": "qk_metrics", "replacement": "replacement_metrics"}
+HOMES = {"qk_diagonal": "qk_metrics", "replacement": "replacement_metrics"}
+"""The file beside this one that evaluates each kind; imported only when it is asked for."""
 
 
 def evaluate(
@@ -27,5 +28,5 @@ def evaluate(
 
     ``train`` is what references are fitted on. Without the base ``model`` nothing is put back into it.
     """
-    home: Any = import_module(f"crosshead.analysis.{_HOMES[module.config.kind]}")
+    home: Any = import_module(f"crosshead.analysis.{HOMES[module.config.kind]}")
     return home.evaluate(module, heldout, config, train=train, model=model)

@@ -32,6 +32,7 @@ def attention_record(run: Run, module: Trainable, evaluation: BaseModel, *, toke
         "sparsity": sparsity or None,
         "sparsity_value": float(sparsity.get("k", sparsity.get("coefficient", 0.0))),
         "seed": run.seed,
+        "control": run.control,
         "learning_rate": run.schedule.learning_rate,
         "steps": run.schedule.steps,
         "tokens_trained": tokens_trained,

@@ -44,13 +44,17 @@ def _inline(value: Any) -> str:
 
 
 def _evidence(sections: Sections) -> str:
-    sections["corpus"] |= {"heldout_contexts": 128}
+    """Many small dictionaries: half the laptop's features, one thread for each of two trainings at a time."""
+    sections["machine"] |= {"threads": 1}
     sections["harvest"]["sites"].append({"layer": "adjacent", "names": ["v", "v_shared_input"]})
-    sections["evaluation"] |= {"splice_contexts": 4}
+    sections["training"] |= {"steps": _STEPS}
+    for kind, features in _FEATURES.items():
+        sections["dictionaries"][kind]["features"] = features
+        sections["dictionaries"][kind].get("training", {}).pop("steps", None)
+    sections["evaluation"] |= {"splice_contexts": 2}
     wide = [f"{series}-s{seed}" for series in ("mtc-wide-k60", "value-both-wide-c") for seed in _SEEDS]
     sections["clusters"] |= {"runs": wide, "bootstraps": 1000}
-    null = [f"{series}-k{k}" for series in ("mtc", "top1") for k in _KS]
-    null += [f"mtc-penalty-{norm}-k{k}" for norm in ("l1", "l2") for k in (60, 110)]
+    null = [f"{series}-k{k}" for series in ("mtc", "top1", "mtc-penalty-l1", "mtc-penalty-l2") for k in _ABLATED_KS]
     sections["nulls"] = {"teacher": "top1-k110-s0", "runs": [f"{run}-s{seed}" for run in null for seed in _SEEDS]}
     sections["planted"] |= {
         "seeds": list(range(10)), "commit_seed": True,
@@ -60,11 +64,17 @@ def _evidence(sections: Sections) -> str:
     named = [f"{series}-s{seed}" for series in labelled for seed in _SEEDS]
     sections["meaning"] |= {"runs": [*named, "value-both-c-s0"]}
     sections["runs"] = _frontier_runs() | _value_runs() | _ablations() | _settings(sections["training"])
-    return "The evidence profile: every claim with its seeds and controls; hours on two cores, in as many sittings."
+    return (
+        "The evidence profile: every claim with its seeds and controls; hours on two cores, with two workers at once."
+    )
 
 
 _SEEDS = (0, 1, 2)
-_KS = (30, 60, 110, 200)
+_KS = (15, 30, 60, 110)
+_ABLATED_KS = (30, 110)
+_STEPS = 400
+_FEATURES = {"mtc": 1024, "joint_mtc": 1024, "sae_best_head": 1024, "attn_out_sae": 1024, "value_sae": 512}
+_BOTH = 2 * _FEATURES["value_sae"]
 _COEFFICIENTS = {"a": 4.0, "b": 2.0, "c": 1.0, "d": 0.5}
 _FRONTIERS: dict[str, tuple[str, str, Sections]] = {
     "mtc": ("mtc", "superposition", {}),
@@ -87,19 +97,23 @@ _EVERY_SEED: dict[str, tuple[str, str, Sections]] = {
 _VALUES: dict[str, tuple[list[str], Sections]] = {
     "value-first": (["first"], {}),
     "value-second": (["second"], {}),
-    "value-both": (["first", "second"], {"features": 2048}),
+    "value-both": (["first", "second"], {"features": _BOTH}),
+    "value-both-control": (["first", "second"], {"features": _BOTH, "control": "other_contexts"}),
+}
+_VALUES_TWICE: dict[str, tuple[list[str], Sections]] = {
     "value-both-equal": (["first", "second"], {}),
-    "value-both-control": (["first", "second"], {"features": 2048, "control": "other_contexts"}),
-    "value-both-matched": (["first", "second"], {"features": 2048, "control": "matched_tokens"}),
-    "value-both-shared": (["first", "second"], {"features": 2048, "control": "shared_input"}),
+    "value-both-matched": (["first", "second"], {"features": _BOTH, "control": "matched_tokens"}),
+    "value-both-shared": (["first", "second"], {"features": _BOTH, "control": "shared_input"}),
     "value-second-shared": (["second"], {"control": "shared_input"}),
 }
 _ADJACENT: dict[str, tuple[list[str], Sections]] = {
     "value-adjacent": (["adjacent"], {}),
-    "value-near": (["first", "adjacent"], {"features": 2048}),
-    "value-near-control": (["first", "adjacent"], {"features": 2048, "control": "other_contexts"}),
-    "value-near-matched": (["first", "adjacent"], {"features": 2048, "control": "matched_tokens"}),
-    "value-near-shared": (["first", "adjacent"], {"features": 2048, "control": "shared_input"}),
+    "value-near": (["first", "adjacent"], {"features": _BOTH}),
+}
+_ADJACENT_TWICE: dict[str, tuple[list[str], Sections]] = {
+    "value-near-control": (["first", "adjacent"], {"features": _BOTH, "control": "other_contexts"}),
+    "value-near-matched": (["first", "adjacent"], {"features": _BOTH, "control": "matched_tokens"}),
+    "value-near-shared": (["first", "adjacent"], {"features": _BOTH, "control": "shared_input"}),
     "value-adjacent-shared": (["adjacent"], {"control": "shared_input"}),
 }
 
@@ -111,19 +125,20 @@ def _frontier_runs() -> Sections:
         for series, (kind, family, own) in _FRONTIERS.items():
             for k in _KS:
                 runs[f"{series}-k{k}-s{seed}"] = _top_k(kind, series, family, k, seed, own)
-        for k in (15, 30, 60, 110) if seed == 0 else (60,):
+        for k in _KS if seed == 0 else (60,):
             runs[f"attn-out-k{k}-s{seed}"] = _top_k("attn_out_sae", "attn-out-sae", "attention-output", k, seed)
     return runs
 
 
 def _value_runs() -> Sections:
-    """One layer, the other, both and the controls at three seeds; the adjacent pair at one."""
+    """One layer, the other, both and the control at four sparsities, other controls at two; the adjacent pair once."""
     runs: Sections = {}
     for seed in _SEEDS:
-        for series, (layers, own) in (_VALUES | (_ADJACENT if seed == 0 else {})).items():
-            for letter, coefficient in _COEFFICIENTS.items():
-                runs[f"{series}-{letter}-s{seed}"] = _value(series, layers, coefficient, seed, own)
-        wide = _value("value-both-wide", ["first", "second"], 1.0, seed, {"features": 4096})
+        four, two = (_VALUES, _VALUES_TWICE) if seed else (_VALUES | _ADJACENT, _VALUES_TWICE | _ADJACENT_TWICE)
+        for series, (layers, own) in (four | two).items():
+            for letter in _COEFFICIENTS if series in four else ("b", "d"):
+                runs[f"{series}-{letter}-s{seed}"] = _value(series, layers, _COEFFICIENTS[letter], seed, own)
+        wide = _value("value-both-wide", ["first", "second"], 1.0, seed, {"features": 2 * _BOTH})
         runs[f"value-both-wide-c-s{seed}"] = wide
     return runs
 
@@ -133,9 +148,11 @@ def _ablations() -> Sections:
     runs: Sections = {}
     for seed in _SEEDS:
         for series, (kind, family, own) in (_EVERY_SEED | (_FIRST_SEED if seed == 0 else {})).items():
-            for k in (60, 110):
+            for k in _ABLATED_KS:
                 runs[f"{series}-k{k}-s{seed}"] = _top_k(kind, series, family, k, seed, own)
-        runs[f"mtc-wide-k60-s{seed}"] = _top_k("mtc", "mtc-wide", "superposition", 60, seed, {"features": 4096})
+        runs[f"mtc-wide-k60-s{seed}"] = _top_k(
+            "mtc", "mtc-wide", "superposition", 60, seed, {"features": 2 * _FEATURES["mtc"]}
+        )
     for letter, coefficient in {"a": 2.0, "b": 1.0, "c": 0.5, "d": 0.25}.items():
         sparsity = {"kind": "l1", "coefficient": coefficient, "negative_coefficient": 0.0005}
         own = _top_k("mtc", "mtc-l1", "superposition", 0, 0)

@@ -27,7 +27,7 @@ def attention(stage: Stage) -> None:
     """Train and evaluate one attention model; a killed training goes on at its last checkpoint."""
     assert stage.run is not None
     run = read_attention_run(stage, stage.run)
-    evaluation = stage.section("evaluation", EvaluationConfig)
+    evaluation = stage.section("attention_evaluation", EvaluationConfig)
     device = stage.section("machine", Machine).prepare()
     config = run.dictionary_config(read_json(stage.data / "survey" / "layers.json"))
     cache = open_cache(stage, device)
@@ -64,7 +64,8 @@ def _tell_speed(tracked: TrackedRun, speed: Speed) -> None:
 
 
 def _identity(stage: Stage, run: Run) -> str:
-    keys = (f"attention_runs.{run.name}", f"attention_models.{run.kind}", "training", "evaluation", "machine")
+    keys = (f"attention_runs.{run.name}", f"attention_models.{run.kind}", "training", "attention_evaluation",
+            "machine")  # fmt: skip
     inputs = (stage.data / "cache" / "manifest.json", stage.data / "survey" / "layers.json")
     return stage.identity(keys, inputs)
 

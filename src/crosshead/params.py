@@ -73,6 +73,7 @@ class Params:
     harvest: HarvestConfig
     training: TrainingConfig
     evaluation: EvaluationConfig
+    attention_evaluation: EvaluationConfig
     references: ReferenceConfig
     clusters: ClusterConfig
     nulls: NullConfig
@@ -94,6 +95,7 @@ _CONFIGS: dict[str, type[BaseModel]] = {
     "harvest": HarvestConfig,
     "training": TrainingConfig,
     "evaluation": EvaluationConfig,
+    "attention_evaluation": EvaluationConfig,
     "references": ReferenceConfig,
     "clusters": ClusterConfig,
     "nulls": NullConfig,
@@ -226,7 +228,7 @@ def _of_another_kind(found: Mapping[str, Any], path: Path | str) -> list[str]:
 def _not_harvested(run: Run, harvest: HarvestConfig, survey: SurveyConfig, path: Path | str) -> list[str]:
     """Which sites a run reads that the harvest does not keep. The architecture itself says what it reads."""
     layers = survey.layers.model_dump() if isinstance(survey.layers, LayerChoice) else UNCHOSEN_LAYERS
-    builder = build if run.registry is DICTIONARIES else build_attention_model
+    builder = build if run.registry.runs == DICTIONARIES.runs else build_attention_model
     with torch.device("meta"):  # shapes without memory
         module = builder(run.dictionary_config(layers), _ANY_MODEL)
     harvested = harvest.resolve(layers)

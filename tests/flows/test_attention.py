@@ -21,7 +21,7 @@ SECTIONS = {
     "profile": "test",
     "runs": {},
     "machine": {"device": "cpu", "threads": 1},
-    "evaluation": {"detail_contexts": 2, "refit_contexts": 4, "splice_contexts": 1},
+    "attention_evaluation": {"detail_contexts": 2, "refit_contexts": 4, "splice_contexts": 1},
     "training": {"steps": 12, "warmup_steps": 2, "checkpoint_every": 4, "evaluate_every": 6, "start_contexts": 4,
                  "calibrate_contexts": 4, "evaluate_contexts": 2},
     "attention_models": {"qk_diagonal": {"features": 12, "heads": [1]}},

@@ -21,6 +21,7 @@ SECTIONS = {
     "profile": "test",
     "machine": {"device": "cpu", "threads": 1},
     "evaluation": {"detail_contexts": 2, "refit_contexts": 4, "splice_contexts": 1},
+    "attention_evaluation": {"detail_contexts": 2, "refit_contexts": 4, "splice_contexts": 1},
     "training": {"steps": 6, "warmup_steps": 2, "checkpoint_every": 4, "evaluate_every": 6, "start_contexts": 4,
                  "calibrate_contexts": 4, "evaluate_contexts": 2},
     "dictionaries": {},

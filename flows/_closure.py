@@ -39,7 +39,9 @@ def code_closure(stage: str, graph: grimp.ImportGraph | None = None) -> list[str
     graph = graph or import_graph()
     if stage in TRAININGS.values():
         return []
-    found = _closure(graph, {f"flows.{name}" for name in ({stage, *TRAININGS.values()} if stage == "code" else {stage})})
+    found = _closure(
+        graph, {f"flows.{name}" for name in ({stage, *TRAININGS.values()} if stage == "code" else {stage})}
+    )
     by_name = [modules for importer, kinds in _IMPORTED_BY_NAME.items() if importer in found
                for modules in kinds.values()]  # fmt: skip
     found |= _closure(graph, set().union(*by_name))

@@ -152,9 +152,7 @@ class _collecting:  # noqa: N801 - reads as a statement
         return False
 
 
-def _read_runs(
-    registry: Registry, sections: Mapping[str, Any], path: Path | str, faults: list[str]
-) -> dict[str, Run]:
+def _read_runs(registry: Registry, sections: Mapping[str, Any], path: Path | str, faults: list[str]) -> dict[str, Run]:
     defaults, entries = sections.get(registry.defaults) or {}, sections.get(registry.runs) or {}
     if not isinstance(defaults, dict) or not isinstance(entries, dict):
         raise ValueError(f"{path}: {registry.defaults} and {registry.runs} are mappings from names to parameters; "

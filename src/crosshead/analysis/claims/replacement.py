@@ -119,7 +119,7 @@ def _width(metrics: Record) -> Finding | None:
         rule=f"Supports when the ratio's interval over held-out contexts and {SEEDS_TO_DECIDE} seeds or more lies below 1 "
         "at equal steps, contradicts when above.",
         reason=reason,
-        picture=None,
+        picture="replacement_errors.png",
         commands=commands(metrics, "attention", "report"),
     )
 

@@ -1,7 +1,7 @@
 """Which files a stage runs: the closure of its imports.
 
-DVC does not follow imports, so every stage lists these files. Architectures are the one exception: the registries import
-them by name, and a training runs the file of its own architecture only.
+DVC does not follow imports, so every stage lists these files. Architectures are the one exception: the registries
+import them by name, and a training runs the file of its own architecture only.
 """
 
 from pathlib import Path
@@ -34,7 +34,7 @@ def import_graph() -> grimp.ImportGraph:
 def code_closure(stage: str, graph: grimp.ImportGraph | None = None) -> list[str]:
     """The files a stage imports, packages included, as dvc.yaml should list them.
 
-    None for stages that train: they depend on a list that ``code`` writes; ``code`` depends on all that any training runs.
+    None for stages that train: they depend on a list that ``code`` writes, and ``code`` on all that any training runs.
     """
     graph = graph or import_graph()
     if stage in TRAININGS.values():

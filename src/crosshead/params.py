@@ -237,7 +237,8 @@ def _not_harvested(run: Run, harvest: HarvestConfig, survey: SurveyConfig, path:
     by_layer: dict[str | int, list[str]] = {}
     for site in absent:
         by_layer.setdefault(as_written.get(site.layer, site.layer), []).append(site.name)
-    return [f"{path}: {run.registry.runs}.{run.name}.layers: harvest.sites lacks {', '.join(names)} of layer {layer}; add "
+    key = f"{run.registry.runs}.{run.name}.layers"
+    return [f"{path}: {key}: harvest.sites lacks {', '.join(names)} of layer {layer}; add "
             f"{{layer: {layer}, names: [{', '.join(names)}]}} to it" for layer, names in by_layer.items()]  # fmt: skip
 
 

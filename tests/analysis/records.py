@@ -174,12 +174,13 @@ def attention_evidence() -> dict[str, Any]:
     triple = {"head": 5, "query": " a", "key": " b", "token": " c", "fall": 0.5, "fall_other_head": 0.1,
               "fall_other_token": None, "fall_other_pair": 0.0, "attention": 0.3, "attention_elsewhere": 0.1,
               "confirmed": True}  # fmt: skip
-    heads = {"n_groups": 64, "n_live": 60, "n_found": 4, "n_found_by_control": 0, "best_score": 0.4, "median_score": 0.01,
-             "base_scores": [0.1, 0.7], "n_tokens": 500,
+    heads = {"n_groups": 64, "n_live": 60, "n_found": 4, "n_found_by_control": 0, "best_score": 0.4,
+             "median_score": 0.01, "base_scores": [0.1, 0.7], "n_tokens": 500,
              "removal": {"clean": 1.0, "without_found": 1.5, "without_others": 1.1}}  # fmt: skip
     length = {"bits": 900.0, "bits_activations": 700.0, "bits_positions": 200.0, "bits_which": 300.0,
               "bits_shuffled": 1200.0, "bits_positions_shuffled": 400.0, "units_active": 20.0, "keys_named": 30.0,
-              "normalised_mse": 0.4, "normalised_mse_sent": 0.404, "n_tokens": 500, "precision_reached": True}  # fmt: skip
+              "normalised_mse": 0.4, "normalised_mse_sent": 0.404, "n_tokens": 500,
+              "precision_reached": True}  # fmt: skip
     return {
         "attention": [
             *(run("qk-rank1", l0, 0.9 / l0, "qk_diagonal", one, features) for l0 in (2.0, 4.0, 8.0)),
@@ -188,7 +189,8 @@ def attention_evidence() -> dict[str, Any]:
             run("arl-narrow", 9.0, 0.6, "replacement", plain, layer),
         ],
         "explain": {
-            "induction": [{"run": "qk-rank1-8", "seed": 0, "rank": 1, "n_live": 90, "n_induction": 12, "features": [feature]}],
+            "induction": [{"run": "qk-rank1-8", "seed": 0, "rank": 1, "n_live": 90, "n_induction": 12,
+                           "features": [feature]}],
             "decisions": [decision],
             "planted": [{"position": "rotary", "features": 12, "seed": 0, "share_recovered": 0.9, "correlation": 0.95,
                          "normalised_mse": 0.05, "l0": 1.1, "l0_true": 0.8}],

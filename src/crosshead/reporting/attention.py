@@ -53,7 +53,7 @@ _LAYERS = (
     Column("CE recovered (mean)", "ce_recovered", "{:.3f}"), Column("(zero)", "ce_recovered_zero", "{:.3f}"),
     Column("active per position", "l0", "{:.1f}"), Column("alive", "heads_alive", "{:,}"),
     Column("rank of QK", "rank_qk", "{:.1f}"), Column("rank of OV", "rank_ov", "{:.1f}"),
-    Column("pattern entropy (nats)", "pattern_entropy", "{:.2f}"), Column("on the first token", "first_token", "{:.1%}"),
+    Column("pattern entropy (nats)", "pattern_entropy", "{:.2f}"), Column("on first token", "first_token", "{:.1%}"),
     Column("steps", "steps"), Column("seed", "seed"), Column("held-out tokens", "n_tokens", "{:,}"),
 )  # fmt: skip
 _TRIGRAMS = (
@@ -87,20 +87,22 @@ def attention_sections(metrics: Mapping[str, Any]) -> dict[str, Any]:
                         for kind in ("qk_diagonal", "replacement"))  # fmt: skip
     explain = metrics["explain"] or {"induction": [], "decisions": [], "planted": []}
     found = metrics["replacements"] or {"heads": [], "description_lengths": []}
-    trigrams = [{"run": row["run"], **triple, **{f"{name}_text": quoted(triple[name]) for name in ("key", "query", "token")}}
-                for row in found["heads"] for triple in row["skip_trigrams"]["triples"]]  # fmt: skip
+    trigrams = [_trigram_row(row["run"], triple) for row in found["heads"]
+                for triple in row["skip_trigrams"]["triples"]]  # fmt: skip
+    induction = [_induction_row(row["run"], feature) for row in explain["induction"] for feature in row["features"]]
+    counts = [{name: row[name] for name in ("run", "n_live", "n_induction")} for row in explain["induction"]]
     return {
         "features": _table(_FEATURES, [_feature_row(r) for r in features]),
         "references": _table(_REFERENCES, _reference_rows(features)),
         "planted": _table(_PLANTED, explain["planted"]),
-        "induction_counts": [{name: row[name] for name in ("run", "n_live", "n_induction")} for row in explain["induction"]],
-        "induction": _table(_INDUCTION, [_induction_row(row["run"], f) for row in explain["induction"] for f in row["features"]]),
+        "induction_counts": counts,
+        "induction": _table(_INDUCTION, induction),
         "decisions": [_decision(decision) for decision in explain["decisions"]],
         "layers": _table(_LAYERS, [_layer_row(r) for r in layers]),
         "trigrams": _table(_TRIGRAMS, trigrams),
         "induction_heads": _table(_INDUCTION_HEADS, [_induction_heads_row(row) for row in found["heads"]]),
         "lengths": _table(_LENGTHS, found["description_lengths"]),
-    }  # fmt: skip
+    }
 
 
 def _table(columns: Sequence[Column], rows: Sequence[Record]) -> str:
@@ -168,6 +170,10 @@ def _layer_row(record: Record) -> Record:
     return record | spreads | {"variant": config["variant"]["kind"].replace("_", " "), "head_dim": config["head_dim"],
                                "normalised_mse_refit": measured["normalised_mse_refit"],
                                "heads_alive": measured["heads_alive"]}  # fmt: skip
+
+
+def _trigram_row(run: str, triple: Record) -> Record:
+    return {"run": run, **triple, **{f"{name}_text": quoted(triple[name]) for name in ("key", "query", "token")}}
 
 
 def _induction_heads_row(row: Record) -> Record:

@@ -28,7 +28,7 @@ def markdown_table(columns: Sequence[Column], rows: Sequence[Record]) -> str:
 
 
 def quoted(text: str) -> str:
-    """Text of a corpus or a prompt as one table cell: nothing in it is read as Markdown, white space alone is spelt out."""
+    """Text of a corpus or a prompt as a table cell: nothing is read as Markdown, white space alone is spelt out."""
     shown = re.sub(r"\s+", " ", text).replace("`", "'").replace("|", "/").strip()
     return f"`{shown or repr(text)[1:-1].replace(' ', '_') or '(empty)'}`"
 

@@ -22,7 +22,7 @@ _IMPORTED_BY_NAME = {
     "crosshead.attention.registry": {kind: {f"crosshead.attention.{kind}"} for kind in ATTENTION_KINDS},
     "crosshead.analysis.attention_metrics": {kind: {f"crosshead.analysis.{HOMES[kind]}"} for kind in ATTENTION_KINDS},
 }
-TRAININGS = dict.fromkeys(KINDS, "train") | dict.fromkeys(ATTENTION_KINDS, "attention")
+TRAININGS: dict[str, str] = dict.fromkeys(KINDS, "train") | dict.fromkeys(ATTENTION_KINDS, "attention")
 """The stage that trains each architecture."""
 
 
@@ -39,9 +39,8 @@ def code_closure(stage: str, graph: grimp.ImportGraph | None = None) -> list[str
     graph = graph or import_graph()
     if stage in TRAININGS.values():
         return []
-    found = _closure(
-        graph, {f"flows.{name}" for name in ({stage, *TRAININGS.values()} if stage == "code" else {stage})}
-    )
+    stages = {stage, *TRAININGS.values()} if stage == "code" else {stage}
+    found = _closure(graph, {f"flows.{name}" for name in stages})
     by_name = [modules for importer, kinds in _IMPORTED_BY_NAME.items() if importer in found
                for modules in kinds.values()]  # fmt: skip
     found |= _closure(graph, set().union(*by_name))

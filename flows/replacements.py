@@ -36,11 +36,11 @@ def replacements(stage: Stage) -> None:
         if run.kind != "replacement":
             raise ValueError(f"{stage.source}: replacements.heads_of names {name!r}, a {run.kind}; name replacement "
                              "layers only")  # fmt: skip
-        train, heldout = (_reader(cache, split, module.sites, device) for split in ("train", "heldout"))
+        readers = [_reader(cache, split, module.sites, device) for split in ("train", "heldout")]
         trigrams = find_skip_trigrams(
             module, model,
-            (train, min(config.trigram_train_contexts, cache.n_contexts("train"))),
-            (heldout, min(config.trigram_heldout_contexts, cache.n_contexts("heldout"))),
+            (readers[0], min(config.trigram_train_contexts, cache.n_contexts("train"))),
+            (readers[1], min(config.trigram_heldout_contexts, cache.n_contexts("heldout"))),
             heads=config.trigram_heads, events=config.trigram_events,
         )  # fmt: skip
         induction = find_induction_heads(
@@ -50,9 +50,9 @@ def replacements(stage: Stage) -> None:
     for name in config.codes_of:
         run, module = _load(stage, name, "codes_of")
         module.to(device)
-        splits = [_first(cache, split, n_contexts, module.sites, device) for split, n_contexts in
-                  (("train", config.code.train_contexts), ("heldout", config.code.heldout_contexts))]  # fmt: skip
-        codes.append(code_row(run, module.config.features, describe(module, *splits, config.code)))
+        train = _first(cache, "train", config.code.train_contexts, module.sites, device)
+        heldout = _first(cache, "heldout", config.code.heldout_contexts, module.sites, device)
+        codes.append(code_row(run, module.config.features, describe(module, train, heldout, config.code)))
     with atomic_directory(stage.data / "replacements") as directory:
         write_json(directory / "replacements.json", {"heads": heads, "description_lengths": codes})
 

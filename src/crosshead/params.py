@@ -197,6 +197,7 @@ def _at_odds(sections: Mapping[str, Any], found: Mapping[str, Any], path: Path |
 
 def _named_runs(found: Mapping[str, Any]) -> list[tuple[str, Sequence[str], tuple[str, ...]]]:
     """Where a section names runs, which, and the sections that they are looked up in."""
+    named: list[tuple[str, Sequence[str], tuple[str, ...]]]
     named = [(f"{key}.runs", found[key].runs, ("runs",)) for key in ("clusters", "nulls", "meaning") if key in found]
     if "nulls" in found:
         named.append(("nulls.teacher", (found["nulls"].teacher,), ("runs",)))

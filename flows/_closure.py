@@ -22,7 +22,7 @@ _IMPORTED_BY_NAME = {
     "crosshead.attention.registry": {kind: {f"crosshead.attention.{kind}"} for kind in ATTENTION_KINDS},
     "crosshead.analysis.attention_metrics": {kind: {f"crosshead.analysis.{HOMES[kind]}"} for kind in ATTENTION_KINDS},
 }
-TRAININGS: dict[str, str] = dict.fromkeys(KINDS, "train") | dict.fromkeys(ATTENTION_KINDS, "attention")
+TRAININGS: dict[str, str] = {**dict.fromkeys(KINDS, "train"), **dict.fromkeys(ATTENTION_KINDS, "attention")}
 """The stage that trains each architecture."""
 
 

@@ -16,12 +16,6 @@ REFERENCES = [{"name": f"coordinates/{r}", "l0": float(r), "normalised_mse": 0.5
               for r in (8, 64)]  # fmt: skip
 
 
-@pytest.fixture(autouse=True)
-def _few_draws(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("crosshead.analysis.resampling._DRAWS", 20)
-    monkeypatch.setattr("crosshead.analysis.frontiers._BETWEEN", 8)
-
-
 def record(series: str, l0: float, mse: float, seed: int = 0, rank: int = 1, **other):
     return {
         "run": f"{series}-{l0:g}-{seed}", "series": series, "architecture": "qk_diagonal", "seed": seed, "l0": l0,

@@ -44,7 +44,8 @@ findings: $(STAMP) ## model, corpus, activations, trainings, evaluation, report 
 	@echo "findings: $(REPORTS)/findings.html"
 
 test: $(STAMP) ## all tests
-	@python -m pytest $(PYTEST_ARGS)
+# Two processes of one thread each: most tests are too small for two threads. PYTEST_ARGS='-n 0' runs them in one.
+	@OMP_NUM_THREADS=1 python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 check: $(STAMP) ## formatting, lint, types, import contracts
 	@ruff format --check src flows tests && ruff check . && basedpyright --level error && lint-imports

@@ -1,7 +1,7 @@
 """Models and batches that the tests share."""
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -20,6 +20,7 @@ from transformers import (
 
 from crosshead.activations.base_model import LanguageModel, ModelConfig, load_model, prepare_model
 from crosshead.dictionaries.base import Batch, ModelDims, Site
+from flows._runtime import lock
 
 VOCABULARY = 260
 CONTEXT_LIMIT = 128
@@ -46,6 +47,11 @@ _CONFIGS: dict[str, Callable[[], PretrainedConfig]] = {
     "gemma2": lambda: Gemma2Config(
         sliding_window=6, attn_logit_softcapping=5.0, query_pre_attn_scalar=10, **_GROUPED),
 }  # fmt: skip
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The end-to-end run first: it takes as long as half of the others, so a second process can do those meanwhile."""
+    items.sort(key=lambda item: item.path.name != "test_smoke.py")
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
@@ -108,9 +114,19 @@ def test_cache() -> Path:
 def smollm2_directory(test_cache: Path) -> Path:
     """The default base model in hub layout, prepared once."""
     directory = test_cache / "smollm2" / "model"
-    if not (directory / "provenance.json").exists():
-        prepare_model(ModelConfig(), directory, work=test_cache / "smollm2" / "work")
+    with lock(test_cache / "smollm2.lock", "another process prepares the model"):
+        if not (directory / "provenance.json").exists():
+            prepare_model(ModelConfig(), directory, work=test_cache / "smollm2" / "work")
     return directory
+
+
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    """Two threads of the tensor library, whatever the machine and the caller have chosen."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")

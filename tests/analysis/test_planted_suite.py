@@ -5,6 +5,7 @@ import pytest
 from crosshead.activations.planted import PlantedConfig
 from crosshead.analysis import planted_suite
 from crosshead.analysis.planted_suite import PlantedSuiteConfig, run_suite
+from crosshead.analysis.planted_trials import layer_trial
 from crosshead.training.fit import TrainingConfig
 
 EASY = PlantedConfig(
@@ -20,13 +21,18 @@ SHORT = {"steps": 8, "contexts_per_batch": 4, "start_contexts": 16, "calibrate_c
 
 @pytest.fixture(scope="module")
 def easy(tmp_path_factory: pytest.TempPathFactory) -> dict:
-    config = PlantedSuiteConfig(layer=EASY, training=QUICK, questions=("recovery", "superposition"))
-    return run_suite(config, tmp_path_factory.mktemp("easy"))
+    """What the suite asks of layers, with the null where a verdict needs it; a superposed layer is learned sooner."""
+    soon = QUICK.model_copy(update={"steps": 500, "learning_rate": 1.2e-2})
+    features = PlantedSuiteConfig(layer=EASY).n_features
+    return {
+        "one-head": layer_trial(EASY, QUICK, features, 0, tmp_path_factory.mktemp("one-head"), with_null=False),
+        "superposed": layer_trial(EASY.model_copy(update={"mixing": 1.0}), soon, features, 0,
+                                  tmp_path_factory.mktemp("superposed"), with_null=True),
+    }  # fmt: skip
 
 
 def test_easy_layers_are_recovered_and_top1_fails_exactly_where_features_have_several_heads(easy):
-    share = {(row["layer"], row["architecture"]): row["share_recovered"]
-             for row in easy["rows"] if row["question"] == "recovery"}  # fmt: skip
+    share = {(layer, row["architecture"]): row["share_recovered"] for layer in easy for row in easy[layer]["rows"]}
     assert share["one-head", "mtc"] >= 0.75
     assert share["superposed", "mtc"] >= 0.9
     assert share["one-head", "top1"] >= 0.65
@@ -34,10 +40,9 @@ def test_easy_layers_are_recovered_and_top1_fails_exactly_where_features_have_se
 
 
 def test_many_heads_gain_far_more_where_features_have_several(easy):
-    found = {row["layer"]: row for row in easy["rows"] if row["question"] == "superposition"}
-    assert found["superposed"]["superposed"]
-    assert found["superposed"]["ratio"] < 0.2
-    assert found["one-head"]["ratio"] > 3 * found["superposed"]["ratio"]
+    assert planted_suite._verdict(easy["superposed"], PlantedSuiteConfig().margin)["superposed"]
+    assert easy["superposed"]["ratio"] < 0.2
+    assert easy["one-head"]["ratio"] > 3 * easy["superposed"]["ratio"]
 
 
 def tiny(**changes) -> PlantedSuiteConfig:

@@ -23,17 +23,26 @@ def backend(request, monkeypatch):
     return module
 
 
-@pytest.mark.parametrize("seed", [0, 3])
-@pytest.mark.parametrize("density", [0.0, 0.1, 1.0])
-@pytest.mark.parametrize("few", [False, True])
+@pytest.mark.parametrize(
+    ("seed", "density", "few"),
+    [
+        (0, 0.0, False),
+        (0, 0.1, True),
+        (0, 1.0, False),
+        (0, 1.0, True),
+        (3, 0.1, False),
+        (3, 0.1, True),
+        (3, 1.0, False),
+    ],
+)
 def test_every_gradient_equals_dense_autograd_in_float64(backend, seed, density, few):
-    p = Problem(seed, density, contexts=1 + seed, positions=3, features=7 + 9 * seed, d_in=5, d_out=6, heads=1 + seed,
-                device=DEVICE)  # fmt: skip
+    p = Problem(seed, density, contexts=1 + (seed > 0), positions=3, features=7 + 9 * seed, d_in=5, d_out=6,
+                heads=1 + seed, device=DEVICE)  # fmt: skip
     compare(p, Engine(shares_mib=1e-3), 1e-10, p.movers if few else None)
 
 
 def test_every_gradient_agrees_in_float32(backend):
-    p = Problem(9, 0.2, contexts=2, positions=20, features=70, d_in=33, d_out=40, heads=9, dtype=torch.float32,
+    p = Problem(9, 0.1, contexts=2, positions=20, features=70, d_in=33, d_out=40, heads=9, dtype=torch.float32,
                 device=DEVICE)  # fmt: skip
     compare(p, Engine(), 1e-5)
 
@@ -41,7 +50,7 @@ def test_every_gradient_agrees_in_float32(backend):
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("tile_mib", [1e-4, 8.0])
 def test_selections_are_those_of_full_sorts(backend, seed, tile_mib):
-    p = Problem(seed, 0.5, contexts=1, positions=9 + 60 * seed, features=20 + 70 * seed, device=DEVICE)
+    p = Problem(seed, 0.5, contexts=1, positions=9 + 28 * seed, features=20 + 60 * seed, device=DEVICE)
     product, engine = Product(p.x, p.weight, p.bias, p.mask), Engine(tile_mib=tile_mib)
     features = len(p.bias)
     scale, level = p.draw(features).abs(), p.draw(features)
@@ -62,7 +71,7 @@ def test_selections_are_those_of_full_sorts(backend, seed, tile_mib):
 
 def test_bfloat16_products_give_float32_gradients_close_to_the_oracles(backend, monkeypatch):
     monkeypatch.setattr(sparse, "_working", lambda tensor: tensor.detach().bfloat16())
-    p = Problem(9, 0.2, contexts=2, positions=20, features=70, d_in=33, d_out=40, heads=3, dtype=torch.float32,
+    p = Problem(9, 0.1, contexts=2, positions=20, features=70, d_in=33, d_out=40, heads=3, dtype=torch.float32,
                 device=DEVICE)  # fmt: skip
     compare(p, Engine(), 3e-2)
 

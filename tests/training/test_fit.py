@@ -57,6 +57,7 @@ def digest(module, result) -> str:
 
 @pytest.mark.parametrize("case", ["mtc/batch_topk", "mtc-top1/l1", "value_sae-two/jumprelu", "attn_out_sae/topk"])
 @pytest.mark.parametrize("step", [1, 5, 13, 23])
+@pytest.mark.usefixtures("two_threads")
 def test_a_run_killed_at_any_step_and_resumed_equals_the_uninterrupted_run(case, step, tmp_path):
     whole = digest(*train(case, tmp_path / "whole"))
     with pytest.raises(Killed):

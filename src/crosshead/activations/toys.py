@@ -20,7 +20,7 @@ import torch
 from jaxtyping import Float, Int
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, embedding
 
 from crosshead.activations.synthetic import SyntheticSplit, write_cache
 from crosshead.dictionaries.base import LayerWeights, ModelDims, Site
@@ -185,7 +185,8 @@ class _Model:
     def sites(self, tokens: Int[Tensor, "n T"]) -> dict[Site, Tensor]:
         """What a harvest of layer 0 finds."""
         tables = self.tables
-        resid = tables["token"][tokens] + tables["place"]
+        # Plain indexing adds its gradients from several threads in whatever order they come.
+        resid = embedding(tokens, tables["token"]) + tables["place"]
         q, k, v = (torch.einsum("ntd,hde->nhte", resid, tables[name]) for name in ("q", "k", "v"))
         z = attention_patterns(q, k, self.spec) @ v
         out = torch.einsum("nhte,hed->ntd", z, tables["out"])

@@ -1,22 +1,29 @@
 """Which files a stage runs: the closure of its imports.
 
-DVC does not follow imports, so every stage lists these files. Architectures are the one exception: the registry imports
-them by name, and a training runs the file of its own architecture only.
+DVC does not follow imports, so every stage lists these files. Architectures are the one exception: the registries
+import them by name, and a training runs the file of its own architecture only.
 """
 
 from pathlib import Path
 
 import grimp
 
+from crosshead.analysis.attention_metrics import HOMES
+from crosshead.attention.registry import KINDS as ATTENTION_KINDS
 from crosshead.dictionaries.registry import KINDS
 
-__all__ = ["ROOT", "code_closure", "import_graph", "training_closure"]
+__all__ = ["ROOT", "TRAININGS", "code_closure", "import_graph", "training_closure"]
 
 ROOT = Path(__file__).resolve().parents[1]
 
-_REGISTRY = "crosshead.dictionaries.registry"
 _TEMPLATES = "src/crosshead/reporting/templates"
-_ARCHITECTURES = {kind: f"crosshead.dictionaries.{kind}" for kind in KINDS}
+_IMPORTED_BY_NAME = {
+    "crosshead.dictionaries.registry": {kind: {f"crosshead.dictionaries.{kind}"} for kind in KINDS},
+    "crosshead.attention.registry": {kind: {f"crosshead.attention.{kind}"} for kind in ATTENTION_KINDS},
+    "crosshead.analysis.attention_metrics": {kind: {f"crosshead.analysis.{HOMES[kind]}"} for kind in ATTENTION_KINDS},
+}
+TRAININGS: dict[str, str] = {**dict.fromkeys(KINDS, "train"), **dict.fromkeys(ATTENTION_KINDS, "attention")}
+"""The stage that trains each architecture."""
 
 
 def import_graph() -> grimp.ImportGraph:
@@ -27,22 +34,24 @@ def import_graph() -> grimp.ImportGraph:
 def code_closure(stage: str, graph: grimp.ImportGraph | None = None) -> list[str]:
     """The files a stage imports, packages included, as dvc.yaml should list them.
 
-    None for ``train``, which depends on a list that ``code`` writes; ``code`` depends on all that any training runs.
+    None for stages that train: they depend on a list that ``code`` writes, and ``code`` on all that any training runs.
     """
     graph = graph or import_graph()
-    if stage == "train":
+    if stage in TRAININGS.values():
         return []
-    roots = {f"flows.{stage}"} | ({"flows.train"} if stage == "code" else set())
-    found = _closure(graph, roots)
+    stages = {stage, *TRAININGS.values()} if stage == "code" else {stage}
+    found = _closure(graph, {f"flows.{name}" for name in stages})
+    by_name = [modules for importer, kinds in _IMPORTED_BY_NAME.items() if importer in found
+               for modules in kinds.values()]  # fmt: skip
+    found |= _closure(graph, set().union(*by_name))
     beside = {_TEMPLATES} if "crosshead.reporting.render" in found else set()
-    if _REGISTRY in found:
-        found |= _closure(graph, set(_ARCHITECTURES.values()))
     return sorted({_path(module) for module in found} | beside)
 
 
 def training_closure(kind: str, graph: grimp.ImportGraph) -> list[str]:
     """The files that a training of one architecture imports."""
-    return sorted(_path(module) for module in _closure(graph, {"flows.train", _ARCHITECTURES[kind]}))
+    own = set().union(*(kinds.get(kind, set()) for kinds in _IMPORTED_BY_NAME.values()))
+    return sorted(_path(module) for module in _closure(graph, {f"flows.{TRAININGS[kind]}"} | own))
 
 
 def _closure(graph: grimp.ImportGraph, modules: set[str]) -> set[str]:

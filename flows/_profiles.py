@@ -6,6 +6,7 @@ from typing import Any
 import yaml
 
 from crosshead.io.settings import read_sections
+from flows._attention_profiles import evidence_attention_, gpu_attention_
 from flows._closure import ROOT
 
 __all__ = ["derived_parameters"]
@@ -64,6 +65,7 @@ def _evidence(sections: Sections) -> str:
     named = [f"{series}-s{seed}" for series in labelled for seed in _SEEDS]
     sections["meaning"] |= {"runs": [*named, "value-both-c-s0"]}
     sections["runs"] = _frontier_runs() | _value_runs() | _ablations() | _settings(sections["training"])
+    evidence_attention_(sections)
     return (
         "The evidence profile: every claim with its seeds and controls; hours on two cores, with two workers at once."
     )
@@ -207,6 +209,7 @@ def _gpu(sections: Sections) -> str:
     for run in sections["runs"].values():
         run.pop("training", None)
     sections["evaluation"] |= {"splice_contexts": 64}
+    gpu_attention_(sections)
     return (
         "The gpu profile: 100,000 features per MTC, 33 million tokens (16 passes; a hub corpus has more), bf16.\n"
         "# The prices in training.engine.costs are a CPU's until `make calibrate PROFILE=gpu` has run on the GPU."

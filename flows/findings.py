@@ -40,6 +40,8 @@ _WRONG_PARAMETERS, _INTERRUPTED, _DVC_INTERRUPTED = 2, 130, 252
 _EXIT_CODE = re.compile(r"^ERROR: failed to reproduce .*, exited with (-?\d+)$", re.MULTILINE)
 _RETRIES = 2
 _GOOD = ("done", "unchanged")
+_TRAININGS = {"train": "runs", "attention": "attention_runs"}
+"""The stages that train, and the section that holds each one's runs. Names are unique over both."""
 
 
 class StageFailedError(RuntimeError):
@@ -138,8 +140,12 @@ def _sections(pipeline: Path) -> Mapping[str, Any]:
 
 def _training(stage: str) -> str | None:
     """Name of the run that a stage trains."""
-    name = stage.rpartition(":")[2]
-    return name.removeprefix("train@") if name.startswith("train@") else None
+    kind, _, run = stage.rpartition(":")[2].partition("@")
+    return run if run and kind in _TRAININGS else None
+
+
+def _runs(sections: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: run for key in _TRAININGS.values() for name, run in (sections.get(key) or {}).items()}
 
 
 def _show_runs(sections: Mapping[str, Any], outcome: Mapping[str, str]) -> None:
@@ -147,7 +153,7 @@ def _show_runs(sections: Mapping[str, Any], outcome: Mapping[str, str]) -> None:
     ended = {_training(stage): result for stage, result in outcome.items()}
     rows = [
         {"run": run, "state": ended.get(run, "not yet"), **(_summary(sections, run) if ended.get(run) in _GOOD else {})}
-        for run in sections.get("runs") or {}
+        for run in _runs(sections)
     ]
     if rows:
         create_table_artifact(table=rows, key="runs", description=f"trainings of the {sections.get('profile')} profile")
@@ -170,7 +176,7 @@ def _show_findings(sections: Mapping[str, Any]) -> None:
         where = f"The page with its figures is `{page.resolve()}`.\n\n"
         create_markdown_artifact(where + text.read_text(encoding="utf-8"), key="findings", description="findings")
     views = add_views(open_client())
-    for family in sorted({run["family"] for run in (sections.get("runs") or {}).values()}):
+    for family in sorted({run["family"] for run in _runs(sections).values()}):
         if address := views.get(experiment_name(sections["profile"], family)):
             create_link_artifact(
                 f"{viewer_address()}/{address}", f"MLflow: {family}", key=f"frontier-{_artifact_key(family)}",

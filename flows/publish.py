@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from crosshead.dictionaries.base import DictionaryConfig
-from crosshead.dictionaries.registry import config_class
 from crosshead.io.files import read_json
 from crosshead.params import Params, load_params
 from crosshead.training.runs import Run
@@ -34,12 +33,12 @@ def publish(params: Params) -> list[str]:
     """
     client = open_client()
     logged = []
-    for run in params.runs.values():
-        report = Path(params.paths.reports, "runs", f"{run.name}.json")
+    for stage_name, directory, run in _trainings(params):
+        report = Path(params.paths.reports, directory, f"{run.name}.json")
         if not report.exists():
             continue
         record = read_json(report)
-        experiment, stage = experiment_name(params.profile, run.family), f"train@{run.name}"
+        experiment, stage = experiment_name(params.profile, run.family), f"{stage_name}@{run.name}"
         mark = record_tag(final_metrics(record))
         found = find_runs(client, experiment, record=mark, dvc__stage=stage)
         if any(other.info.status == "FINISHED" for other in found):  # else: publishing it was interrupted
@@ -47,10 +46,10 @@ def publish(params: Params) -> list[str]:
         config = _config(run, record)
         differing = _differences(run, config, record)
         if differing:
-            print(f"publish: {report} was made with other parameters than runs.{run.name} has now ("
+            print(f"publish: {report} was made with other parameters than {run.registry.runs}.{run.name} has now ("
                   f"{'; '.join(differing)}); left out, run the stage {stage} first", file=sys.stderr)  # fmt: skip
             continue
-        home = Path(params.paths.data, "runs", run.name)
+        home = Path(params.paths.data, directory, run.name)
         history = read_json(home / "history.json") if (home / "history.json").exists() else []
         tags = run_tags(stage, params.profile, run.series, run.seed, config.kind, config.layers,
                         revision_of_record(report))  # fmt: skip
@@ -62,9 +61,15 @@ def publish(params: Params) -> list[str]:
     return logged
 
 
+def _trainings(params: Params) -> list[tuple[str, str, Run]]:
+    """Every run, with the stage that trains it and the directory of its outputs."""
+    return [*(("train", "runs", run) for run in params.runs.values()),
+            *(("attention", "attention", run) for run in params.attention_runs.values())]  # fmt: skip
+
+
 def _config(run: Run, record: Mapping[str, Any]) -> DictionaryConfig:
     """The architecture's config on the layers that the record names: the survey that chose them may not be here."""
-    return config_class(run.kind).model_validate({**run.dictionary, "layers": record["layers"]})
+    return run.registry.config_class(run.kind).model_validate({**run.dictionary, "layers": record["layers"]})
 
 
 def _differences(run: Run, config: DictionaryConfig, record: Mapping[str, Any]) -> list[str]:
@@ -89,7 +94,9 @@ def _main() -> int:
     except (ValueError, OSError) as error:
         print(f"publish: {error}", file=sys.stderr)
         return 2
-    if not any(Path(params.paths.reports, "runs", f"{run}.json").exists() for run in params.runs):
+    if not any(
+        Path(params.paths.reports, directory, f"{run.name}.json").exists() for _, directory, run in _trainings(params)
+    ):
         print(f"publish: {params.paths.reports}/runs holds no report of the {params.profile} profile; run "
               f"make findings PROFILE={params.profile} first", file=sys.stderr)  # fmt: skip
         return 2

@@ -7,7 +7,7 @@ from crosshead.analysis.findings import ReportConfig, collect
 from crosshead.analysis.frontiers import sum_points
 from crosshead.analysis.verdicts import judge
 from crosshead.io.files import atomic_directory, read_json, write_json, write_text
-from crosshead.reporting import evidence, figures
+from crosshead.reporting import attention_figures, evidence, figures
 from crosshead.reporting.page import render_html
 from crosshead.reporting.render import render_markdown
 from flows._runtime import Stage, main
@@ -33,6 +33,9 @@ def report(stage: Stage) -> None:
         nulls=read_json(stage.data / "nulls" / "nulls.json"),
         planted=read_json(stage.data / "planted" / "planted.json"),
         meaning=read_json(stage.data / "meaning" / "meaning.json"),
+        attention=[read_json(stage.reports / "attention" / f"{run}.json") for run in stage.sections["attention_runs"]],
+        explain=read_json(stage.data / "explain" / "explain.json"),
+        replacements=read_json(stage.data / "replacements" / "replacements.json"),
         inputs={path.stem: read_json(path) for path in sorted(Path(stage.sections["paths"]["inputs"]).glob("*.json"))},
     )
     findings = judge(metrics, config)
@@ -70,6 +73,7 @@ def _draw(metrics: dict[str, Any], records: list[Any], clusters: Any, config: Re
         path = directory / f"clusters_{source}.png"
         figures.cluster_sizes(source, clusters["sizes"], clusters["clusters"], path)
     _draw_evidence(metrics, config, directory)
+    attention_figures.draw_attention(metrics, directory)
 
 
 def _draw_evidence(metrics: dict[str, Any], config: ReportConfig, directory: Path) -> None:

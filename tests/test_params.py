@@ -9,6 +9,7 @@ import pytest
 import yaml
 
 from crosshead.activations.survey import LayerChoice
+from crosshead.attention.registry import KINDS as ATTENTION_KINDS
 from crosshead.dictionaries.registry import KINDS
 from crosshead.params import load_params
 
@@ -47,6 +48,25 @@ def test_smoke_has_at_most_twelve_runs_and_every_architecture():
     runs = load_params(ROOT / "flows/profiles/smoke/params.yaml").runs
     assert len(runs) <= 12
     assert {run.kind for run in runs.values()} == set(KINDS)
+
+
+def test_smoke_has_every_kind_of_attention_model():
+    runs = load_params(ROOT / "flows/profiles/smoke/params.yaml").attention_runs
+    assert len(runs) <= 4
+    assert {run.kind for run in runs.values()} == set(ATTENTION_KINDS)
+
+
+def test_evidence_has_the_seeds_and_sparsities_that_the_rules_on_attention_ask_for():
+    runs = load_params(ROOT / "flows/profiles/evidence/params.yaml").attention_runs.values()
+    for series, n_sparsities in (("qk-rank1", 4), ("qk-features512", 4), ("qk-rank16", 4), ("qk-heads", 3),
+                                 ("arl-wide", 1), ("arl-narrow", 1)):  # fmt: skip
+        seeds = [run.seed for run in runs if run.series == series]
+        assert sorted(seeds) == sorted([0, 1, 2] * n_sparsities), series
+
+
+def test_gpu_replaces_attention_by_1024_heads():
+    run = load_params(ROOT / "flows/profiles/gpu/params.yaml").attention_runs["arl-wide"]
+    assert run.dictionary_config({"first": 17}).features == 1024
 
 
 def test_gpu_trains_100_000_features_on_tens_of_millions_of_tokens():
@@ -176,6 +196,36 @@ WRONG = {
     "surveyed layers from above": (
         "survey.layers", [9, 3, 10], "survey.layers: first=9 lies above second=3; exchange them"
     ),
+    "explained run that is none": (
+        "explain.runs", ["qk-rank1-k5"],
+        "explain.runs names 'qk-rank1-k5', which is not under attention_runs; did you mean 'qk-rank1-k4'?",
+    ),
+    "explained run of another kind": (
+        "explain.runs", ["arl-wide"], "explain.runs names 'arl-wide', a replacement; name runs of qk_diagonal only"
+    ),
+    "decision of a run that is not explained": (
+        "explain.decisions", [{"text": "a b a", "run": "qk-rank2-k4"}],
+        "explain.decisions names 'qk-rank2-k4', which is not under explain.runs; add it there",
+    ),
+    "heads of another kind": (
+        "replacements.heads_of", ["qk-rank1-k4"],
+        "replacements.heads_of names 'qk-rank1-k4', a qk_diagonal; name runs of replacement only",
+    ),
+    "code of a run that is none": (
+        "replacements.codes_of", ["mtc-k6O"],
+        "replacements.codes_of names 'mtc-k6O', which is not under attention_runs or runs; did you mean 'mtc-k60'?",
+    ),
+    "unknown attention model": (
+        "attention_runs.arl-wide.kind", "mtc", "attention_runs.arl-wide.kind = 'mtc' is not an architecture"
+    ),
+    "misspelt attention parameter": (
+        "attention_models.replacement.head_dimm", 4,
+        "attention_models.replacement.head_dimm is not a parameter; did you mean 'head_dim'?",
+    ),
+    "layer of an attention run that is not harvested": (
+        "attention_runs.qk-rank1-k4.layers", ["second"],
+        "attention_runs.qk-rank1-k4.layers: harvest.sites lacks k, q of layer second",
+    ),
     "run that is no mapping": ("runs.mtc-k20", 60, "runs.mtc-k20 = 60 is not a mapping; give it kind"),
 }  # fmt: skip
 
@@ -220,7 +270,11 @@ def test_an_architecture_itself_says_which_sites_it_reads(tmp_path: Path, sectio
     message = fault(tmp_path, sections)
     assert "runs.mtc-k20.layers: harvest.sites lacks attn_out, resid_in of layer first" in message
     assert "runs.value-both-k16" not in message
+    assert "attention_runs.arl-wide.layers: harvest.sites lacks attn_out, resid_in of layer first" in message
+    assert "attention_runs.qk-rank1-k4" not in message
     sections["runs"] = {"heads": sections["runs"]["attn-out-k20"] | {"per_head": True}}
+    sections["attention_runs"] = {"qk-rank1-k4": sections["attention_runs"]["qk-rank1-k4"]}
+    sections["replacements"] |= {"heads_of": [], "codes_of": ["heads"]}
     sections["clusters"]["runs"] = sections["meaning"]["runs"] = ["heads"]
     sections["nulls"] = {"teacher": "heads", "runs": ["heads"]}
     path = tmp_path / "params.yaml"

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 import yaml
 
+from crosshead.attention.registry import KINDS as ATTENTION_KINDS
 from crosshead.dictionaries.registry import KINDS
-from flows._closure import ROOT, code_closure, import_graph, training_closure
+from flows._closure import ROOT, TRAININGS, code_closure, import_graph, training_closure
 from flows._profiles import derived_parameters
 from flows.sync import PROFILES, stage_names
 
@@ -65,7 +66,7 @@ def test_what_a_stage_loads_is_among_its_dependencies():
     loaded = dict(json.loads(line) for line in subprocess.check_output(command, cwd=ROOT, text=True).splitlines())
     assert set(loaded) == set(STAGES)
     for stage, files in loaded.items():
-        listed = set(code("code" if stage == "train" else stage))
+        listed = set(code("code" if stage in TRAININGS.values() else stage))
         assert {Path(file).relative_to(ROOT).as_posix() for file in files} <= listed, stage
 
 
@@ -76,6 +77,18 @@ def test_a_training_depends_on_what_its_own_architecture_runs(graph):
         assert set(listed) <= set(code("code"))
         assert "flows/train.py" in listed
         assert set(KINDS) & {Path(file).stem for file in listed if "/dictionaries/" in file} == {kind}
+
+
+def test_an_attention_training_depends_on_what_its_own_kind_runs(graph):
+    assert "${paths.data}/code/${item.kind}.json" in definition("attention")["deps"]
+    homes = {"qk_diagonal": "qk_metrics", "replacement": "replacement_metrics"}
+    for kind in ATTENTION_KINDS:
+        listed = training_closure(kind, graph)
+        assert set(listed) <= set(code("code"))
+        assert "flows/attention.py" in listed
+        stems = {Path(file).stem for file in listed}
+        assert set(ATTENTION_KINDS) & stems == {kind}
+        assert set(homes.values()) & stems == {homes[kind]}
 
 
 @pytest.mark.parametrize("stage", STAGES)

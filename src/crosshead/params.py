@@ -23,16 +23,20 @@ from crosshead.activations.sites import stored_sites
 from crosshead.activations.survey import LayerChoice, SurveyConfig
 from crosshead.analysis.clustering import ClusterConfig
 from crosshead.analysis.evaluation import EvaluationConfig
+from crosshead.analysis.explaining import ExplainConfig
 from crosshead.analysis.findings import ReportConfig
 from crosshead.analysis.meaning import MeaningConfig
 from crosshead.analysis.one_head import NullConfig
 from crosshead.analysis.planted_suite import PlantedSuiteConfig
 from crosshead.analysis.references import ReferenceConfig
+from crosshead.analysis.replacement_study import ReplacementsConfig
+from crosshead.attention.registry import build as build_attention_model
 from crosshead.dictionaries.base import ModelDims
-from crosshead.dictionaries.registry import KINDS, build
+from crosshead.dictionaries.registry import build
 from crosshead.io.settings import nearest, parse_section, read_sections
+from crosshead.training.attention_runs import ATTENTION
 from crosshead.training.fit import TrainingConfig
-from crosshead.training.runs import UNCHOSEN_LAYERS, Run, read_defaults, read_run
+from crosshead.training.runs import DICTIONARIES, UNCHOSEN_LAYERS, Registry, Run, read_defaults, read_run
 
 __all__ = ["Params", "Paths", "Profile", "load_params"]
 
@@ -69,13 +73,17 @@ class Params:
     harvest: HarvestConfig
     training: TrainingConfig
     evaluation: EvaluationConfig
+    attention_evaluation: EvaluationConfig
     references: ReferenceConfig
     clusters: ClusterConfig
     nulls: NullConfig
     planted: PlantedSuiteConfig
     meaning: MeaningConfig
+    explain: ExplainConfig
+    replacements: ReplacementsConfig
     report: ReportConfig
     runs: dict[str, Run]
+    attention_runs: dict[str, Run]
 
 
 _CONFIGS: dict[str, type[BaseModel]] = {
@@ -87,15 +95,19 @@ _CONFIGS: dict[str, type[BaseModel]] = {
     "harvest": HarvestConfig,
     "training": TrainingConfig,
     "evaluation": EvaluationConfig,
+    "attention_evaluation": EvaluationConfig,
     "references": ReferenceConfig,
     "clusters": ClusterConfig,
     "nulls": NullConfig,
     "planted": PlantedSuiteConfig,
     "meaning": MeaningConfig,
+    "explain": ExplainConfig,
+    "replacements": ReplacementsConfig,
     "report": ReportConfig,
 }
 _SHOWN = 10
-_SECTIONS = ("profile", *_CONFIGS, "dictionaries", "runs")
+_REGISTRIES = (DICTIONARIES, ATTENTION)
+_SECTIONS = ("profile", *_CONFIGS, *(name for registry in _REGISTRIES for name in (registry.defaults, registry.runs)))
 # The model is not known yet: no dictionary lies too deep or has too many heads for this one.
 _ANY_MODEL = ModelDims(d_model=1, n_heads=4096, n_kv_heads=4096, head_dim=1, n_layers=2_000_000)
 
@@ -115,8 +127,9 @@ def load_params(path: Path | str) -> Params:
             with _collecting(faults):
                 section = sections[name]
                 found[name] = parse_section(config, {} if section is None else section, name, path)
-    with _collecting(faults):
-        found["runs"] = _read_runs(sections, path, faults)
+    for registry in _REGISTRIES:
+        with _collecting(faults):
+            found[registry.runs] = _read_runs(registry, sections, path, faults)
     faults += _at_odds(sections, found, path)
     if faults:
         raise ValueError("\n".join(dict.fromkeys(faults)))
@@ -139,48 +152,84 @@ class _collecting:  # noqa: N801 - reads as a statement
         return False
 
 
-def _read_runs(sections: Mapping[str, Any], path: Path | str, faults: list[str]) -> dict[str, Run]:
-    defaults, entries = sections.get("dictionaries") or {}, sections.get("runs") or {}
+def _read_runs(registry: Registry, sections: Mapping[str, Any], path: Path | str, faults: list[str]) -> dict[str, Run]:
+    defaults, entries = sections.get(registry.defaults) or {}, sections.get(registry.runs) or {}
     if not isinstance(defaults, dict) or not isinstance(entries, dict):
-        raise ValueError(f"{path}: dictionaries and runs are mappings from names to parameters; correct them")
+        raise ValueError(f"{path}: {registry.defaults} and {registry.runs} are mappings from names to parameters; "
+                         "correct them")  # fmt: skip
     training = sections.get("training") or {}
     for kind, own in defaults.items():
         with _collecting(faults):
-            if kind not in KINDS:
-                raise ValueError(f"{path}: dictionaries.{kind} is not an architecture; {nearest(str(kind), KINDS)}")
-            read_defaults(kind, own or {}, training, path)
+            if kind not in registry.kinds:
+                raise ValueError(f"{path}: {registry.defaults}.{kind} is not an architecture; "
+                                 f"{nearest(str(kind), registry.kinds)}")  # fmt: skip
+            read_defaults(kind, own or {}, training, path, registry)
     runs = {}
     for name, entry in entries.items():
         with _collecting(faults):
             if not isinstance(name, str):
-                raise ValueError(f"{path}: runs.{name} has no name but a {type(name).__name__}; put it in quotes")
+                raise ValueError(f"{path}: {registry.runs}.{name} has no name but a {type(name).__name__}; "
+                                 "put it in quotes")  # fmt: skip
             kind = entry.get("kind") if isinstance(entry, dict) else None
             own = defaults.get(kind) if isinstance(kind, str) else None
-            runs[name] = read_run(name, entry, own or {}, training, path)
+            runs[name] = read_run(name, entry, own or {}, training, path, registry)
     return runs
 
 
 def _at_odds(sections: Mapping[str, Any], found: Mapping[str, Any], path: Path | str) -> list[str]:
     """Sections that are right in themselves and do not fit one another."""
-    faults: list[str] = []
-    if isinstance(sections.get("runs"), dict):
-        known = [str(name) for name in sections["runs"]]
-        named = {f"{key}.runs": found[key].runs for key in ("clusters", "nulls", "meaning") if key in found}
-        named |= {"nulls.teacher": (found["nulls"].teacher,)} if "nulls" in found else {}
-        faults += [f"{path}: {key} names {name!r}, which is not under runs; {nearest(name, known)}"
-                   for key, names in named.items() for name in names if name not in known]  # fmt: skip
-    if {"survey", "harvest", "runs"} <= found.keys():
-        for run in found["runs"].values():
+    names = {registry.runs: [str(name) for name in sections[registry.runs]] for registry in _REGISTRIES
+             if isinstance(sections.get(registry.runs), dict)}  # fmt: skip
+    faults = [f"{path}: attention_runs.{name} is the name of another run under runs; give it one of its own"
+              for name in names.get("attention_runs", ()) if name in names.get("runs", ())]  # fmt: skip
+    for key, named, where in _named_runs(found):
+        known = [name for section in where for name in names.get(section, ())]
+        if all(section in names for section in where):
+            faults += [f"{path}: {key} names {name!r}, which is not under {' or '.join(where)}; {nearest(name, known)}"
+                       for name in named if name not in known]  # fmt: skip
+    faults += _of_another_kind(found, path)
+    if {"survey", "harvest", "runs", "attention_runs"} <= found.keys():
+        for run in (*found["runs"].values(), *found["attention_runs"].values()):
             with _collecting(faults):
                 faults += _not_harvested(run, found["harvest"], found["survey"], path)
+    return faults
+
+
+def _named_runs(found: Mapping[str, Any]) -> list[tuple[str, Sequence[str], tuple[str, ...]]]:
+    """Where a section names runs, which, and the sections that they are looked up in."""
+    named: list[tuple[str, Sequence[str], tuple[str, ...]]]
+    named = [(f"{key}.runs", found[key].runs, ("runs",)) for key in ("clusters", "nulls", "meaning") if key in found]
+    if "nulls" in found:
+        named.append(("nulls.teacher", (found["nulls"].teacher,), ("runs",)))
+    if "explain" in found:
+        named.append(("explain.runs", found["explain"].runs, ("attention_runs",)))
+    if "replacements" in found:
+        named.append(("replacements.heads_of", found["replacements"].heads_of, ("attention_runs",)))
+        named.append(("replacements.codes_of", found["replacements"].codes_of, ("attention_runs", "runs")))
+    return named
+
+
+def _of_another_kind(found: Mapping[str, Any], path: Path | str) -> list[str]:
+    """Runs that the stages explain and replacements cannot look into."""
+    faults: list[str] = []
+    runs = found.get("attention_runs", {})
+    for section, key, kind in (("explain", "runs", "qk_diagonal"), ("replacements", "heads_of", "replacement")):
+        named = getattr(found[section], key) if section in found else ()
+        faults += [f"{path}: {section}.{key} names {name!r}, a {runs[name].kind}; name runs of {kind} only"
+                   for name in named if name in runs and runs[name].kind != kind]  # fmt: skip
+    if "explain" in found:
+        explain = found["explain"]
+        faults += [f"{path}: explain.decisions names {decision.run!r}, which is not under explain.runs; add it there"
+                   for decision in explain.decisions if decision.run not in (None, *explain.runs)]  # fmt: skip
     return faults
 
 
 def _not_harvested(run: Run, harvest: HarvestConfig, survey: SurveyConfig, path: Path | str) -> list[str]:
     """Which sites a run reads that the harvest does not keep. The architecture itself says what it reads."""
     layers = survey.layers.model_dump() if isinstance(survey.layers, LayerChoice) else UNCHOSEN_LAYERS
+    builder = build if run.registry.runs == DICTIONARIES.runs else build_attention_model
     with torch.device("meta"):  # shapes without memory
-        module = build(run.dictionary_config(layers), _ANY_MODEL)
+        module = builder(run.dictionary_config(layers), _ANY_MODEL)
     harvested = harvest.resolve(layers)
     lowest = min(site.layer for site in harvested)
     needed = stored_sites(sites_read((*module.sites, *module.start_sites), run.control, lowest))
@@ -189,7 +238,8 @@ def _not_harvested(run: Run, harvest: HarvestConfig, survey: SurveyConfig, path:
     by_layer: dict[str | int, list[str]] = {}
     for site in absent:
         by_layer.setdefault(as_written.get(site.layer, site.layer), []).append(site.name)
-    return [f"{path}: runs.{run.name}.layers: harvest.sites lacks {', '.join(names)} of layer {layer}; add "
+    key = f"{run.registry.runs}.{run.name}.layers"
+    return [f"{path}: {key}: harvest.sites lacks {', '.join(names)} of layer {layer}; add "
             f"{{layer: {layer}, names: [{', '.join(names)}]}} to it" for layer, names in by_layer.items()]  # fmt: skip
 
 

@@ -141,3 +141,67 @@ def evidence() -> dict[str, Any]:
             "modality": {"mtc-60": {"loadings": None, "ov_dimension": test}},
         },
     }  # fmt: skip
+
+
+def attention_evidence() -> dict[str, Any]:
+    """Records of attention runs, and what the stages explain and replacements hand to ``collect``."""
+    keys = {"normalised_mse": 0.2, "normalised_mse_pattern": 0.3, "kl": 0.4, "top1_agreement": 0.6, "per_head": []}
+    references = [{"name": name, "l0": l0, "normalised_mse": mse, "kl": 1.0, "per_head": [mse]}
+                  for name, l0, mse in (("mean-score", 0.0, 0.99), ("mean-query-key", 0.0, 0.7), ("svd/8", 8.0, 0.2),
+                                        ("svd-content/8", 8.0, 0.2), ("coordinates/64", 64.0, 0.0))]  # fmt: skip
+    spread = {"mean": 3.0, "low": 1.0, "median": 2.0, "high": 4.0}
+
+    def run(series: str, l0: float, mse: float, kind: str, config: dict, evaluation: dict) -> dict[str, Any]:
+        row = record(series, l0, mse, architecture=kind, config=config)
+        del row["splicing"]
+        errors = {key: row["evaluation"][key] for key in ("context_squared_error", "context_variance")}
+        return row | {"evaluation": errors | {"normalised_mse": mse} | evaluation}
+
+    features = {"l0_query": 9.0, "l0_key": 8.0, "keys": keys, "keys_with_first": keys, "references": references,
+                "patching": {"n_tokens": 500, "delta_ce": 0.01}}  # fmt: skip
+    layer = {"normalised_mse_refit": 0.5, "heads": 64, "heads_alive": 60, "rank_qk": spread, "rank_ov": spread,
+             "pattern_entropy": spread, "first_token": spread, "head_counts": [1] * 64}  # fmt: skip
+    one, every = ({"heads": heads, "rank": 1, "position": "rotary"} for heads in ([3], "all"))
+    plain = {"variant": {"kind": "plain"}, "head_dim": 4}
+    side = {"grain": "word", "what": "a|b", "share": 0.8, "expected": 0.1, "tokens": [{"text": " a", "share": 0.8}]}
+    feature = {"feature": 7, "score": 0.6, "share_text": 0.5, "expected_text": 0.05, "permuted_largest": 0.3,
+               "p_value": 0.02, "query": side, "key": side, "before_key": side | {"grain": "silent"},
+               "alike": {"token": 0.9}, "examples": [{"key": "x [a] y", "query": "z [a]"}]}  # fmt: skip
+    decision = {
+        "run": "qk-rank1-8", "text": "Q: a\nb", "head": 3, "query": 4, "query_token": " a", "key": 2, "key_token": "\n",
+        "attention": 0.4, "attention_predicted": 0.35, "score": 2.0, "predicted": 1.9, "base": 0.1, "error": 0.1,
+        "pairs": [{"feature": 7, "contribution": 1.5, "query_activation": 2.0, "key_activation": 1.0}], "rest": 0.3,
+        "n_pairs": 5, "deleted": [7], "attention_after": 0.1, "attention_after_predicted": 0.1,
+        "deletion_difference": 1e-7, "next_token": " c",
+        "strongest_keys": [{"position": 2, "token": "\n", "attention": 0.4, "predicted": 0.35}],
+    }  # fmt: skip
+    triple = {"head": 5, "query": " a", "key": " b", "token": " c", "fall": 0.5, "fall_other_head": 0.1,
+              "fall_other_token": None, "fall_other_pair": 0.0, "attention": 0.3, "attention_elsewhere": 0.1,
+              "confirmed": True}  # fmt: skip
+    heads = {"n_groups": 64, "n_live": 60, "n_found": 4, "n_found_by_control": 0, "best_score": 0.4,
+             "median_score": 0.01, "base_scores": [0.1, 0.7], "n_tokens": 500,
+             "removal": {"clean": 1.0, "without_found": 1.5, "without_others": 1.1}}  # fmt: skip
+    length = {"bits": 900.0, "bits_activations": 700.0, "bits_positions": 200.0, "bits_which": 300.0,
+              "bits_shuffled": 1200.0, "bits_positions_shuffled": 400.0, "units_active": 20.0, "keys_named": 30.0,
+              "normalised_mse": 0.4, "normalised_mse_sent": 0.404, "n_tokens": 500,
+              "precision_reached": True}  # fmt: skip
+    return {
+        "attention": [
+            *(run("qk-rank1", l0, 0.9 / l0, "qk_diagonal", one, features) for l0 in (2.0, 4.0, 8.0)),
+            run("qk-heads", 4.0, 0.6, "qk_diagonal", every, features),
+            run("arl-wide", 30.0, 0.5, "replacement", plain, layer),
+            run("arl-narrow", 9.0, 0.6, "replacement", plain, layer),
+        ],
+        "explain": {
+            "induction": [{"run": "qk-rank1-8", "seed": 0, "rank": 1, "n_live": 90, "n_induction": 12,
+                           "features": [feature]}],
+            "decisions": [decision],
+            "planted": [{"position": "rotary", "features": 12, "seed": 0, "share_recovered": 0.9, "correlation": 0.95,
+                         "normalised_mse": 0.05, "l0": 1.1, "l0_true": 0.8}],
+        },
+        "replacements": {
+            "heads": [{"run": "arl-wide-30", "series": "arl-wide", "seed": 0, "induction": heads,
+                       "skip_trigrams": {"n_heads": 1, "n_confirmed": 1, "chance": 0.25, "triples": [triple]}}],
+            "description_lengths": [{"run": "arl-wide-30", "architecture": "replacement", "features": 64} | length],
+        },
+    }  # fmt: skip

@@ -102,6 +102,14 @@ def test_the_graph_names_every_stage_after_the_stages_it_needs(repository: Path)
     assert graph["report"] == {"train@a", "train@b", "train@c"}
 
 
+@pytest.mark.parametrize(("stage", "run"), [
+    ("train@mtc-k60", "mtc-k60"), ("flows/profiles/smoke/dvc.yaml:attention@arl-wide", "arl-wide"),
+    ("attention", None), ("report", None), ("flows/profiles/smoke/dvc.yaml:code", None),
+])  # fmt: skip
+def test_both_kinds_of_training_are_told_from_other_stages(stage: str, run: str | None):
+    assert parent._training(stage) == run
+
+
 def test_two_trainings_at_once_leave_dvc_status_clean(repository: Path):
     outcome = run(workers=2)
     assert set(outcome.values()) == {"done"}

@@ -56,6 +56,11 @@ def runs(copy: Path) -> dict:
 
 
 @pytest.fixture(scope="module")
+def attention_runs(copy: Path) -> dict:
+    return yaml.safe_load((copy / HOME / "params.yaml").read_text())["attention_runs"]
+
+
+@pytest.fixture(scope="module")
 def finished(copy: Path) -> Path:
     call(copy, "make", "-o", ".venv/.installed", "findings", "PROFILE=smoke")
     for command in (["add", "-A"], ["-c", "user.name=t", "-c", "user.email=t@localhost", "commit", "-qm", "smoke"]):
@@ -81,6 +86,23 @@ def test_metrics_hold_every_run_and_the_whole_survey(metrics: dict, runs: dict):
     for row in metrics["frontier"]:
         assert 0 < row["normalised_mse"] < 1
         assert row["l0"] > 0
+
+
+def test_metrics_hold_attention_runs_explanations_and_replacement_heads(metrics: dict, attention_runs: dict):
+    assert [row["run"] for row in metrics["attention"]] == list(attention_runs)
+    assert all(row["normalised_mse"] > 0 for row in metrics["attention"])
+    [decision] = metrics["explain"]["decisions"]
+    listed = sum(pair["contribution"] for pair in decision["pairs"]) + decision["rest"]
+    assert decision["score"] == pytest.approx(listed + decision["base"] + decision["error"], abs=1e-3)
+    assert decision["attention_after"] == pytest.approx(decision["attention_after_predicted"], abs=1e-3)
+    assert {row["run"] for row in metrics["explain"]["induction"]} == {"qk-rank1-k4"}
+    assert [row["run"] for row in metrics["replacements"]["heads"]] == ["arl-wide"]
+    assert len(metrics["replacements"]["description_lengths"]) == 3
+    assert {finding["key"] for finding in metrics["findings"]} >= {
+        "qk-rank-one",
+        "replacement-life",
+        "replacement-width",
+    }
 
 
 def test_the_audit_agrees_for_every_architecture(metrics: dict):
@@ -122,21 +144,21 @@ def test_mlflow_holds_exactly_the_runs_with_the_report_s_figures(finished: Path,
     client = MlflowClient(f"sqlite:///{finished / 'mlflow.db'}")
     experiments = [e.experiment_id for e in client.search_experiments() if e.name.startswith("smoke-")]
     logged = {run.info.run_name: run.data for run in client.search_runs(experiments, max_results=1000)}
-    reported = {row["run"]: row for row in metrics["frontier"]}
+    reported = {row["run"]: row for row in (*metrics["frontier"], *metrics["attention"])}
     assert logged.keys() == reported.keys()
     for name, run in logged.items():
         for metric in ("l0", "normalised_mse", "ce_recovered"):
-            assert run.metrics[metric] == reported[name][metric]
+            assert run.metrics.get(metric) == reported[name][metric]
         assert run.tags["frontier"] == reported[name]["series"]
         assert {"git.rev", "dvc.stage", "architecture", "layers", "seed"} <= run.tags.keys()
         assert any(key.startswith("train_") for key in run.metrics)
     assert "logged 0 runs" in call(finished, "make", "-o", ".venv/.installed", "publish", "PROFILE=smoke").stdout
 
 
-def test_dvc_shows_metrics_and_plots(finished: Path, runs: dict):
+def test_dvc_shows_metrics_and_plots(finished: Path, runs: dict, attention_runs: dict):
     shown = call(finished, "dvc", "metrics", "show", "--json").stdout
     files = json.loads(shown)[""]["data"]
-    for run in runs:
+    for run in (*runs, *attention_runs):
         assert files[f"{REPORTS}/summaries/{run}.json"]["data"]["l0"] > 0
     call(finished, "dvc", "plots", "show")
     assert (finished / "dvc_plots" / "index.html").exists()

@@ -6,9 +6,10 @@ from crosshead.analysis.findings import SCHEMA, ReportConfig, collect
 from crosshead.analysis.verdicts import judge
 from crosshead.reporting import evidence as evidence_figures
 from crosshead.reporting import figures
+from crosshead.reporting.attention_figures import draw_attention
 from crosshead.reporting.page import render_html
 from crosshead.reporting.render import anchor, render_markdown
-from tests.analysis.records import documents, evidence
+from tests.analysis.records import attention_evidence, documents, evidence
 
 CONFIG = ReportConfig()
 
@@ -16,7 +17,7 @@ CONFIG = ReportConfig()
 @pytest.fixture(scope="module")
 def report(tmp_path_factory):
     inputs = {"gpu": {"schema": SCHEMA, "profile": "gpu", "frontier": [], "comparisons": {}}}
-    metrics = collect(**documents(), **evidence(), profile="test", config=CONFIG, inputs=inputs)
+    metrics = collect(**documents(), **evidence(), **attention_evidence(), profile="test", config=CONFIG, inputs=inputs)
     directory = tmp_path_factory.mktemp("figures")
     draw(metrics, directory)
     markdown = render_markdown(metrics, judge(metrics, CONFIG))
@@ -36,6 +37,7 @@ def draw(metrics, directory):
     evidence_figures.ov_dimensions(metrics["meaning"]["ov_dimensions"], directory / "ov_dimensions.png")
     phases = [row for row in metrics["planted"]["rows"] if row["question"] == "phases"]
     evidence_figures.planted_phases(phases, directory / "planted_phases.png")
+    draw_attention(metrics, directory)
 
 
 def test_the_page_needs_nothing_outside_itself(report):
@@ -81,6 +83,24 @@ def test_the_table_of_verdicts_comes_first_and_leads_to_every_claim(report):
 def test_corpus_text_stays_one_cell(report):
     assert "`a / b [c] 'd' e`" in report[1]
     assert "<code>a / b [c] 'd' e</code>" in report[2]
+
+
+def test_attention_runs_induction_features_decisions_and_replacement_heads_are_shown(report):
+    metrics, markdown, page, _ = report
+    for row in metrics["attention"]:
+        assert f"| {row['run']} |" in markdown
+        assert "head_counts" not in row["evaluation"]
+    assert "word `a/b` (80%): `a`" in markdown
+    assert "One attention decision explained: `a` attends to `\\n`" in markdown
+    assert "| arl-wide-30 | 5 | `b` | `a` | `c` | 0.500 |" in markdown
+    assert "permuted pairs" in page.lower()
+
+
+def test_a_profile_without_attention_runs_has_no_such_sections():
+    metrics = collect(**documents(), **evidence(), profile="test", config=CONFIG, inputs={})
+    markdown = render_markdown(metrics, judge(metrics, CONFIG))
+    assert "QK features" not in markdown
+    assert "replacement layers" not in markdown
 
 
 def test_the_quantised_weights_are_named(report):

@@ -88,10 +88,14 @@ def collect(
     nulls: Record | None = None,
     planted: Record | None = None,
     meaning: Record | None = None,
+    attention: Sequence[Record] = (),
+    explain: Record | None = None,
+    replacements: Record | None = None,
 ) -> Record:
     """The content of metrics.json. ``inputs`` are finished metrics of other profiles, by label.
 
-    ``nulls``, ``planted`` and ``meaning`` are what those stages wrote; claims that need one that is missing stay open.
+    ``nulls``, ``planted``, ``meaning``, ``explain`` and ``replacements`` are what those stages wrote, ``attention`` the
+    records of attention runs; claims that need one that is missing stay open.
     """
     series = _by_series(records)
     return {
@@ -114,10 +118,19 @@ def collect(
         "nulls": nulls,
         "planted": planted,
         "meaning": meaning,
+        "attention": [_attention(record) for record in attention],
+        "explain": explain,
+        "replacements": replacements,
         "robustness": _robustness(series, config),
         "audit": audit,
         "inputs": {label: _labelled(label, other) for label, other in inputs.items()},
     }
+
+
+def _attention(record: Record) -> Record:
+    """An attention run's record without its counts per head, of which a wide layer has a thousand."""
+    evaluation = {name: value for name, value in record["evaluation"].items() if name != "head_counts"}
+    return record | {"evaluation": evaluation}
 
 
 def _labelled(label: str, other: Any) -> Record:

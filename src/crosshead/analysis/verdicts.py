@@ -6,7 +6,16 @@ written before the numbers they judge.
 
 from typing import Any
 
-from crosshead.analysis.claims import attention_output, clusters, coupling, layers, planted, superposition
+from crosshead.analysis.claims import (
+    attention_output,
+    clusters,
+    coupling,
+    layers,
+    planted,
+    qk,
+    replacement,
+    superposition,
+)
 from crosshead.analysis.rules import Finding, Record
 
 __all__ = ["judge"]
@@ -14,6 +23,6 @@ __all__ = ["judge"]
 
 def judge(metrics: Record, config: Any) -> list[Finding]:
     """Findings in the order of the report, from the content of metrics.json. Claims without their runs are left out."""
-    topics = (superposition, coupling, layers, clusters, attention_output, planted)
+    topics = (superposition, coupling, layers, clusters, attention_output, qk, replacement, planted)
     found = (finding for topic in topics for finding in topic.findings(metrics, config))
     return [finding for finding in found if finding is not None]

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 
 from crosshead.io.files import atomic_path
 
-__all__ = ["COLOURS", "KEY_SIDE", "STYLE", "draw", "frontier_axes", "points_of", "save"]
+__all__ = ["COLOURS", "KEY_SIDE", "STYLE", "draw", "frontier_axes", "logarithmic", "points_of", "save"]
 
 Record = dict[str, Any]
 STYLE: Any = {
@@ -36,14 +36,19 @@ def frontier_axes(title: str, l0: str = KEY_SIDE) -> tuple[Figure, Axes]:
     """A figure with logarithmic L0 and normalised MSE."""
     figure = Figure(figsize=(7.0, 4.4))
     axes = figure.add_subplot()
-    axes.set(xscale="log", yscale="log", xlabel=l0,
-             ylabel="normalised MSE on held-out contexts", title=title)  # fmt: skip
+    axes.set(xlabel=l0, ylabel="normalised MSE on held-out contexts", title=title)
+    logarithmic(axes)
+    return figure, axes
+
+
+def logarithmic(axes: Axes) -> None:
+    """Both axes logarithmic, with plain numbers at 1, 2, 3 and 5."""
+    axes.set(xscale="log", yscale="log")
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_formatter(ticker.FuncFormatter(lambda v, _: f"{v:g}"))
         axis.set_minor_formatter(ticker.NullFormatter())
     axes.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 3, 5)))
     axes.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 3, 5)))
-    return figure, axes
 
 
 def draw(axes: Axes, points: Sequence[tuple[float, float]], label: str, index: int, **style: Any) -> None:

@@ -6,7 +6,8 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from crosshead.reporting.tables import Column, Record, markdown_table
+from crosshead.reporting.attention import attention_sections
+from crosshead.reporting.tables import Column, Record, markdown_table, quoted
 
 __all__ = ["anchor", "render_markdown"]
 
@@ -162,6 +163,7 @@ def render_markdown(metrics: Record, findings: Sequence[Any]) -> str:
         nulls=metrics["nulls"] and markdown_table(_NULLS, metrics["nulls"]["rows"]),
         planted=metrics["planted"] and _planted(metrics["planted"]["rows"]),
         meaning=metrics["meaning"] and _meaning(metrics["meaning"]),
+        qk=_Dotted(attention_sections(metrics)),
         heads=markdown_table(_HEADS, clearest),
         runs=markdown_table(_RUNS, metrics["frontier"]),
         spliced=markdown_table(_SPLICED, [row | _spread_over_heads(row) for row in metrics["frontier"]]),
@@ -209,7 +211,7 @@ def _meaning(meaning: Record) -> Record:
     columns = [Column("run", "run"), *(Column(f"{label.replace('_', ' ')} (expected)", label) for label in labels)]
     enriched = sorted((e for e in meaning["enrichment"] if e["q_value"] <= 0.05), key=lambda e: e["q_value"])
     examples = [
-        {"run": run, "feature": example["feature"], "label": example["label"], "text": _quoted(text)}
+        {"run": run, "feature": example["feature"], "label": example["label"], "text": quoted(text)}
         for run, found in meaning["runs"].items()
         for example in found["examples"]
         for text in example["texts"][:1]
@@ -238,11 +240,6 @@ def _numbers(run: str, found: Record) -> Record:
         row |= {name: value["median"], f"{name}_shuffled": value.get("shuffled"),
                 f"{name}_interval": interval and f"{interval[0]:.3f} to {interval[1]:.3f}"}  # fmt: skip
     return row
-
-
-def _quoted(text: str) -> str:
-    """Text of the corpus as one table cell: nothing in it is read as Markdown."""
-    return "`" + re.sub(r"\s+", " ", text).replace("`", "'").replace("|", "/").strip() + "`"
 
 
 def _spread_over_heads(row: Record) -> Record:

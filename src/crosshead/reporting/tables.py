@@ -4,7 +4,7 @@ import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-__all__ = ["Column", "Record", "markdown_table"]
+__all__ = ["Column", "Record", "markdown_table", "quoted"]
 
 Record = dict[str, Any]
 
@@ -25,6 +25,12 @@ def markdown_table(columns: Sequence[Column], rows: Sequence[Record]) -> str:
         "---:" if all(_is_number(row[i]) for row in cells) else "---" for i in kept) + "|"]  # fmt: skip
     lines += ["| " + " | ".join(row[i] for i in kept) + " |" for row in cells]
     return "\n".join(lines)
+
+
+def quoted(text: str) -> str:
+    """Text of a corpus or a prompt as a table cell: nothing is read as Markdown, white space alone is spelt out."""
+    shown = re.sub(r"\s+", " ", text).replace("`", "'").replace("|", "/").strip()
+    return f"`{shown or repr(text)[1:-1].replace(' ', '_') or '(empty)'}`"
 
 
 def _cell(column: Column, value: Any) -> str:

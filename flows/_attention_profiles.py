@@ -1,0 +1,58 @@
+"""Attention models in the evidence and gpu profiles: the laptop's runs at three seeds, or larger."""
+
+from typing import Any
+
+__all__ = ["evidence_attention_", "gpu_attention_"]
+
+Sections = dict[str, Any]
+
+_SEEDS = (0, 1, 2)
+_EVERY_SEED: dict[str, tuple[tuple[int, ...], Sections]] = {
+    "qk-rank1": ((4, 8, 16, 32), {}),
+    "qk-features512": ((8, 16, 32, 64), {"features": 512}),
+    "qk-rank16": ((2, 4, 8, 16), {"rank": 16}),
+    "qk-heads": ((8, 16, 32), {"heads": "all", "features": 512}),
+}
+_FIRST_SEED: dict[str, tuple[tuple[int, ...], Sections]] = {
+    "qk-rank2": ((4, 8), {"rank": 2}),
+    "qk-rank4": ((4, 8), {"rank": 4}),
+    "qk-rank8": ((4, 8), {"rank": 8}),
+    "qk-content": ((32,), {"position": "content"}),
+    "qk-rotated": ((32,), {"position": "rotated"}),
+}
+
+
+def evidence_attention_(sections: Sections) -> None:
+    """Four sparsities at three seeds of what a rule compares, in place; the rest at one seed."""
+    laptop = sections["attention_runs"]
+    runs: Sections = {}
+    for seed in _SEEDS:
+        for series, (ks, own) in (_EVERY_SEED | (_FIRST_SEED if seed == 0 else {})).items():
+            for k in ks:
+                runs[f"{series}-k{k}-s{seed}"] = _qk(series, k, seed, own)
+        for name in ("arl-wide", "arl-narrow") if seed else ("arl-wide", "arl-narrow", "arl-rank1", "arl-combined"):
+            runs[f"{name}-s{seed}"] = laptop[name] | {"seed": seed}
+    sections["attention_runs"] = runs
+    explain = sections["explain"]
+    explain["runs"] = [f"qk-rank1-k32-s{seed}" for seed in _SEEDS]
+    explain["decisions"] = [decision | {"run": "qk-rank1-k32-s0"} for decision in explain["decisions"]]
+    wide = [f"arl-wide-s{seed}" for seed in _SEEDS]
+    coded = [f"{name}-s0" for name in sections["replacements"]["codes_of"]]
+    sections["replacements"] |= {"heads_of": wide, "codes_of": coded}
+
+
+def _qk(series: str, k: int, seed: int, own: Sections) -> Sections:
+    return {"kind": "qk_diagonal", "series": series, "family": "qk-diagonalization", "layers": ["first"], "seed": seed,
+            "sparsity": {"kind": "batch_topk", "k": k}, **own}  # fmt: skip
+
+
+def gpu_attention_(sections: Sections) -> None:
+    """Replacement layers of 1,024 heads, eight times the QK features, twenty times the steps, in place."""
+    for defaults in sections["attention_models"].values():
+        defaults["training"] |= {"steps": 4000, "learning_rate": 2e-3, "autocast": "none"}
+    sections["attention_models"]["qk_diagonal"]["features"] = 1024
+    sections["attention_models"]["replacement"]["patterns_mib"] = 1024.0
+    for name, run in sections["attention_runs"].items():
+        if "features" in run and name != "arl-narrow":
+            run["features"] = 4 * run["features"]
+    sections["attention_evaluation"] |= {"splice_contexts": 32}

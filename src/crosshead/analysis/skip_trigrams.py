@@ -1,0 +1,291 @@
+"""Skip-trigram heads of an attention replacement layer: [query token ... key token -> token], found and checked.
+
+Shape legend: B contexts, T positions, n heads looked at, D = d_model, V tokens of the vocabulary.
+
+1. QK and OV circuits, read by data: on training contexts a head moves A(t,s) ||v(s) W_O|| from s to t, s < t and not
+   the first token. Summed by the tokens at t and s, a skip-trigram head's moves gather on few pairs. Each head's pair
+   is the one with the largest sum among those that occur in two training contexts and in held-out ones.
+2. The token that the pair promotes: what the head writes at t is taken out of the base model's attention output at the
+   pair's strongest training moves; the token whose logit falls most, against the mean over the vocabulary, is it.
+3. Check on held-out contexts, at places that are named by the two tokens alone: the same removal, the same token.
+   Controls: removing what the next head of the list writes there (permuted heads); the fall of the next triple's token
+   (permuted tokens); the same head and token at the next triple's places (permuted pairs: a head that promotes its
+   token everywhere is no skip trigram). A triple is confirmed where its logit falls by more than all three; if the
+   four were alike, that would be one in four.
+"""
+
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from crosshead.activations.base_model import LanguageModel
+from crosshead.activations.splice import Prefix, run_with_prefix, splice
+from crosshead.attention import wide
+from crosshead.attention.replacement import Module
+from crosshead.dictionaries.base import Batch
+
+__all__ = ["CHANCE", "Reader", "find_skip_trigrams"]
+
+Reader = Callable[[Sequence[int]], Batch]
+"""Reads contexts of one split, by number, at the sites that the module reads."""
+
+CHANCE = 1 / 4
+"""Share of triples that are confirmed when head, token and pair have nothing to do with one another."""
+
+_STRONGEST = 512
+"""Moves of a head that are kept of every batch."""
+_PRESELECTED = 8
+"""Heads whose moves are looked at, for every one that is listed: those that write most."""
+
+
+class _Place(NamedTuple):
+    context: int
+    position: int
+
+
+class _Triple(NamedTuple):
+    head: int
+    query: int
+    key: int
+    share: float
+    n_contexts: int
+    train: list[_Place]
+    heldout: list[_Place]
+
+
+@torch.no_grad()
+def find_skip_trigrams(
+    module: Module,
+    model: LanguageModel,
+    train: tuple[Reader, int],
+    heldout: tuple[Reader, int],
+    *,
+    heads: int,
+    events: int,
+    contexts_per_batch: int = 4,
+) -> dict[str, Any]:
+    """Look for the triples of the ``heads`` heads with the largest pairs; ``events`` places each, on either split.
+
+    ``train`` and ``heldout``: how to read contexts, and how many to look at.
+    """
+    reader, n_contexts = heldout
+    tokens = torch.cat([reader([context]).tokens.cpu() for context in range(n_contexts)])
+    triples = _triples(module, train, tokens, heads, events, contexts_per_batch)
+    promoted: list[tuple[int, float]] = []
+    for triple in triples:
+        fall = torch.stack([_fall(module, model, train[0], place, [triple.head])[0] for place in triple.train]).mean(0)
+        promoted.append((int(fall.argmax()), float(fall.max())))
+    rows = [_row(module, model, heldout[0], found) for found in _checked(module, model, heldout[0], triples, promoted)]
+    return {"n_heads": len(rows), "n_confirmed": sum(row["confirmed"] for row in rows), "chance": CHANCE,
+            "triples": rows}  # fmt: skip
+
+
+class _Checked(NamedTuple):
+    """A triple with the token that it promotes, and by how much logits fall on held-out contexts."""
+
+    triple: _Triple
+    token: int
+    train: float
+    """Of the token, at the places where it was chosen."""
+    own: float
+    controls: dict[str, float | None]
+    """None where the list has no other head, token or pair."""
+
+
+def _checked(
+    module: Module, model: LanguageModel, reader: Reader, triples: Sequence[_Triple],
+    promoted: Sequence[tuple[int, float]],
+) -> list[_Checked]:  # fmt: skip
+    tokens = [token for token, _ in promoted]
+    other_head = [_next_different([t.head for t in triples], i) for i in range(len(triples))]
+    other_token = [_next_different(tokens, i) for i in range(len(triples))]
+    other_pair = [_next_different([(t.query, t.key) for t in triples], i) for i in range(len(triples))]
+    # Every place is run once, with all removals that are asked for there.
+    removed = [{triple.head} for triple in triples]
+    for i, (head, pair) in enumerate(zip(other_head, other_pair, strict=True)):
+        if head is not None:
+            removed[i].add(triples[head].head)
+        if pair is not None:
+            removed[pair].add(triples[i].head)
+    falls = []
+    for triple, heads in zip(triples, removed, strict=True):
+        listed = sorted(heads)
+        places = [torch.stack(_fall(module, model, reader, place, listed)) for place in triple.heldout]
+        falls.append(dict(zip(listed, torch.stack(places).mean(0), strict=True)))
+    found = []
+    for i, triple in enumerate(triples):
+        head, token, pair = other_head[i], other_token[i], other_pair[i]
+        controls = {
+            "head": None if head is None else float(falls[i][triples[head].head][tokens[i]]),
+            "token": None if token is None else float(falls[i][triple.head][tokens[token]]),
+            "pair": None if pair is None else float(falls[pair][triple.head][tokens[i]]),
+        }
+        found.append(_Checked(triple, tokens[i], promoted[i][1], float(falls[i][triple.head][tokens[i]]), controls))
+    return found
+
+
+def _row(module: Module, model: LanguageModel, reader: Reader, found: _Checked) -> dict[str, Any]:
+    triple, controls = found.triple, found.controls
+    against = [value for value in controls.values() if value is not None]
+    attention, elsewhere = _attention(module, reader, triple)
+    figures = {
+        "share": triple.share, "fall_train": found.train, "fall": found.own,
+        **{f"fall_other_{name}": value for name, value in controls.items()},
+        "attention": attention, "attention_elsewhere": elsewhere,
+    }  # fmt: skip
+    return {
+        "head": triple.head, "query": _text(model, triple.query), "key": _text(model, triple.key),
+        "token": _text(model, found.token), "n_train_contexts": triple.n_contexts,
+        "n_train_events": len(triple.train), "n_events": len(triple.heldout),
+        **{name: None if value is None else round(value, 6) for name, value in figures.items()},
+        "confirmed": len(against) == len(controls) and found.own > max(0.0, *against),
+    }  # fmt: skip
+
+
+# ---- finding pairs ----
+
+
+def _triples(
+    module: Module, train: tuple[Reader, int], heldout: Int[Tensor, "n T"], heads: int, events: int,
+    contexts_per_batch: int,
+) -> list[_Triple]:  # fmt: skip
+    reader, n_contexts = train
+    groups = [list(range(i, min(i + contexts_per_batch, n_contexts))) for i in range(0, n_contexts, contexts_per_batch)]
+    energy: Tensor | float = 0.0
+    for group in groups:
+        batch = reader(group)
+        energy = energy + module.sizes(module.encode(batch))[batch.mask.flatten()].double().square().sum(0)
+    assert isinstance(energy, Tensor)
+    chosen = energy.topk(min(_PRESELECTED * heads, len(energy))).indices.sort().values
+    chosen = chosen[energy[chosen] > 0]
+    sums: list[dict[tuple[int, int], float]] = [defaultdict(float) for _ in chosen]
+    seen: list[dict[tuple[int, int], list[tuple[float, _Place]]]] = [defaultdict(list) for _ in chosen]
+    for group in groups:
+        for i, moves in enumerate(_strongest_moves(module, reader(group), chosen)):
+            for size, context, t, query, key in moves:
+                sums[i][query, key] += size
+                seen[i][query, key].append((size, _Place(group[context], t)))
+    found = []
+    for i, head in enumerate(chosen.tolist()):
+        for pair, total in sorted(sums[i].items(), key=lambda item: (-item[1], item[0])):
+            contexts = {place.context for _, place in seen[i][pair]}
+            if len(contexts) >= 2 and (there := _spread_out(_places_of(pair, heldout), events)):
+                strongest = [place for _, place in sorted(seen[i][pair], key=lambda move: (-move[0], move[1]))]
+                share = total / sum(sums[i].values())
+                own = _Triple(head, *pair, share, len(contexts), _spread_out(strongest, events), there)
+                found.append((total, own))
+                break
+    found.sort(key=lambda item: (-item[0], item[1].head))
+    return [triple for _, triple in found[:heads]]
+
+
+def _strongest_moves(module: Module, batch: Batch, chosen: Tensor) -> list[list[tuple[float, int, int, int, int]]]:
+    """Per head its largest moves: (size, context in the batch, t, token at t, token at s)."""
+    q, k = module.queries_keys(batch)
+    v = module.values(batch)[0]
+    allowed, n_positions = wide.allowed_keys(batch.mask), batch.mask.shape[1]
+    per_group = module.config.features // module.config.groups
+    columns = module.width // per_group
+    written = module.encode(batch).view(*batch.mask.shape, module.config.features, columns)
+    earlier = torch.ones(n_positions, n_positions, dtype=torch.bool, device=q.device).tril(-1)
+    counted = earlier & batch.mask[:, :, None] & batch.mask[:, None, :]
+    found = []
+    for head in chosen.tolist():
+        g, own = head // per_group, slice((head % per_group) * columns, (head % per_group + 1) * columns)
+        pattern = wide.patterns(q[:, g : g + 1], k[:, g : g + 1], allowed, module.scale)[:, 0]
+        out = module.out[head * columns : (head + 1) * columns]
+        sizes = (v[:, g, :, own] @ out).norm(dim=-1)
+        # A head that was not among the strongest writes nothing, whatever it moves.
+        moves = pattern * sizes[:, None, :] * counted * (written[:, :, head] != 0).any(-1)[..., None]
+        top = moves.flatten().topk(min(_STRONGEST, moves.numel()))
+        rows = []
+        for size, place in zip(top.values.tolist(), top.indices.tolist(), strict=True):
+            if size > 0:
+                context, rest = divmod(place, n_positions**2)
+                t, s = divmod(rest, n_positions)
+                rows.append((size, context, t, int(batch.tokens[context, t]), int(batch.tokens[context, s])))
+        found.append(rows)
+    return found
+
+
+def _places_of(pair: tuple[int, int], tokens: Int[Tensor, "n T"]) -> list[_Place]:
+    """Where a pair occurs: the query's token, the key's somewhere before it, neither at the first position."""
+    query, key = (tokens == token for token in pair)
+    query[:, 0] = key[:, 0] = False
+    before = (key.long().cumsum(1) - key.long()) > 0
+    return [_Place(context, t) for context, t in torch.nonzero(query & before).tolist()]
+
+
+def _spread_out(places: Sequence[_Place], count: int) -> list[_Place]:
+    """The first ``count`` places, contexts that are not yet among them first."""
+    fresh, again, contexts = [], [], set()
+    for place in dict.fromkeys(places):
+        (again if place.context in contexts else fresh).append(place)
+        contexts.add(place.context)
+    return (fresh + again)[:count]
+
+
+# ---- interventions ----
+
+
+def _fall(
+    module: Module, model: LanguageModel, reader: Reader, place: _Place, heads: Sequence[int]
+) -> list[Float[Tensor, " V"]]:
+    """By how much every logit falls when what a head writes at a place is taken away, less the mean over tokens."""
+    batch = _until(reader([place.context]), place.position)
+    clean, prefix = run_with_prefix(model, batch.tokens, module.layer)
+    z = module.encode(batch)[-1]
+    return [_removed(module, model, batch, prefix, clean[0, -1].float(), z, head) for head in heads]
+
+
+def _removed(
+    module: Module, model: LanguageModel, batch: Batch, prefix: Prefix, clean: Tensor, z: Tensor, head: int
+) -> Float[Tensor, " V"]:
+    columns = len(module.out) // module.config.features
+    own = slice(head * columns, (head + 1) * columns)
+    written = (z[own] @ module.out[own]) / module.target_scale
+    site = module.target_sites[0]
+    changed = batch[site].clone()
+    changed[0, -1] -= written
+    where = torch.zeros_like(batch.mask)
+    where[0, -1] = True
+    logits = splice(model, batch.tokens, {site: changed}, where, prefix=prefix)
+    fall = (clean - logits[0, -1].float()).cpu()
+    return fall - fall.mean()
+
+
+def _until(batch: Batch, position: int) -> Batch:
+    """The context up to a position: later ones have no influence on it."""
+    sites = {site: tensor[:, : position + 1] for site, tensor in batch.sites.items()}
+    return Batch(sites, batch.mask[:, : position + 1], batch.tokens[:, : position + 1])
+
+
+def _attention(module: Module, reader: Reader, triple: _Triple) -> tuple[float, float]:
+    """Mean attention, at the held-out places, on keys of the triple's token together, and on all others of one token.
+
+    The second is what keys of as many occurrences would get if all but the first token were alike.
+    """
+    per_group = module.config.features // module.config.groups
+    on_pair, elsewhere = 0.0, 0.0
+    group = slice(triple.head // per_group, triple.head // per_group + 1)
+    for place in triple.heldout:
+        batch = _until(reader([place.context]), place.position)
+        row = module.patterns(batch, group)[0, 0, -1]
+        same = (batch.tokens[0] == triple.key) & batch.mask[0]
+        on_pair += float(row[same].sum())
+        elsewhere += float(row[batch.mask[0]].mean() * same.sum())
+    return on_pair / len(triple.heldout), elsewhere / len(triple.heldout)
+
+
+def _next_different(values: Sequence[Any], i: int) -> int | None:
+    """The next number, around the end, whose value is another than that of ``i``; None where all are equal."""
+    turned = [*range(i + 1, len(values)), *range(i)]
+    return next((j for j in turned if values[j] != values[i]), None)
+
+
+def _text(model: LanguageModel, token: int) -> str:
+    return str(model.tokenizer.decode([token]))

@@ -1,0 +1,1 @@
+"""Models of where attention heads attend, and of what may replace them."""

@@ -130,10 +130,9 @@ def _null_ratio(
 
 
 def _moving(name: str, features: int, k: int) -> mtc.Config:
-    # Decoders are drawn where heads move much: a head that looks at few places moves noise from all others. Top-1 chooses
-    # slowly, which is its best on these layers; on real ones it makes no difference.
+    # Decoders are drawn where heads move much: a head that looks at few places moves noise from all others.
     return mtc.Config(layers=(0,), features=features, sparsity=BatchTopK(k=k), input="resid", start_tokens="energy",
-                      selection_fraction=0.6, heads_per_feature="all" if name == "mtc" else 1)  # fmt: skip
+                      heads_per_feature="all" if name == "mtc" else 1)  # fmt: skip
 
 
 def _train(

@@ -20,11 +20,15 @@ _FIRST_SEED: dict[str, tuple[tuple[int, ...], Sections]] = {
     "qk-content": ((32,), {"position": "content"}),
     "qk-rotated": ((32,), {"position": "rotated"}),
 }
+_RANK_ONE: Sections = {
+    "kind": "replacement", "series": "arl-rank1", "family": "attention-replacement", "layers": ["first"],
+    "features": 256, "head_dim": 8, "variant": {"kind": "rank_one", "groups": 32, "active": 32},
+}  # fmt: skip
 
 
 def evidence_attention_(sections: Sections) -> None:
     """Four sparsities at three seeds of what a rule compares, in place; the rest at one seed."""
-    laptop = sections["attention_runs"]
+    laptop = sections["attention_runs"] | {"arl-rank1": _RANK_ONE}
     runs: Sections = {}
     for seed in _SEEDS:
         for series, (ks, own) in (_EVERY_SEED | (_FIRST_SEED if seed == 0 else {})).items():
@@ -37,7 +41,7 @@ def evidence_attention_(sections: Sections) -> None:
     explain["runs"] = [f"qk-rank1-k32-s{seed}" for seed in _SEEDS]
     explain["decisions"] = [decision | {"run": "qk-rank1-k32-s0"} for decision in explain["decisions"]]
     wide = [f"arl-wide-s{seed}" for seed in _SEEDS]
-    coded = [f"{name}-s0" for name in sections["replacements"]["codes_of"]]
+    coded = [f"{name}-s0" for name in ("arl-rank1", *sections["replacements"]["codes_of"])]
     sections["replacements"] |= {"heads_of": wide, "codes_of": coded}
 
 
@@ -52,6 +56,7 @@ def gpu_attention_(sections: Sections) -> None:
         defaults["training"] |= {"steps": 4000, "learning_rate": 2e-3, "autocast": "none"}
     sections["attention_models"]["qk_diagonal"]["features"] = 1024
     sections["attention_models"]["replacement"]["patterns_mib"] = 1024.0
+    sections["attention_runs"]["arl-rank1"] = dict(_RANK_ONE)
     for name, run in sections["attention_runs"].items():
         if "features" in run and name != "arl-narrow":
             run["features"] = 4 * run["features"]

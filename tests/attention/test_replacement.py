@@ -114,9 +114,11 @@ def test_sizes_are_the_lengths_of_what_heads_write(case):
 
 @every_case
 def test_chunks_give_the_gradients_of_the_whole(case):
-    gradients = []
+    gradients, begun = [], None
     for mib in (1e-9, 1e3):
         module, batches = started(case, patterns_mib=mib)
+        begun = begun or module.state_dict()
+        module.load_state_dict(begun)  # starts run in chunks as well, in float32
         module.double()
         loss = module.loss(padded_batch(3), 0.7)
         gradients.append(torch.autograd.grad(loss.total, list(module.parameters())))

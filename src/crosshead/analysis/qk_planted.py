@@ -47,13 +47,13 @@ class PlantedQKConfig(BaseModel):
     """Mean number of planted features active at a position, on each side."""
     length: Annotated[int, Field(gt=1)] = 48
     """Positions of a context."""
-    contexts: Annotated[int, Field(gt=0)] = 64
+    contexts: Annotated[int, Field(gt=0)] = 256
     """Training contexts; a quarter as many are held out."""
     noise: Annotated[float, Field(ge=0)] = 0.02
     """Standard deviation of every coordinate's noise."""
     position: Literal["content", "rotary"] = "content"
     """Whether queries and keys are rotated."""
-    steps: Annotated[int, Field(gt=0)] = 300
+    steps: Annotated[int, Field(gt=0)] = 1_000
     """Training steps."""
     seed: Annotated[int, Field(ge=0)] = 0
     """Fixes the layer and the training."""

@@ -14,9 +14,9 @@ _EVERY_SEED: dict[str, tuple[tuple[int, ...], Sections]] = {
     "qk-heads": ((8, 16, 32), {"heads": "all", "features": 512}),
 }
 _FIRST_SEED: dict[str, tuple[tuple[int, ...], Sections]] = {
-    "qk-rank2": ((4, 8), {"rank": 2}),
-    "qk-rank4": ((4, 8), {"rank": 4}),
-    "qk-rank8": ((4, 8), {"rank": 8}),
+    "qk-rank2": ((8,), {"rank": 2}),
+    "qk-rank4": ((8,), {"rank": 4}),
+    "qk-rank8": ((8,), {"rank": 8}),
     "qk-content": ((32,), {"position": "content"}),
     "qk-rotated": ((32,), {"position": "rotated"}),
 }

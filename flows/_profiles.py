@@ -103,16 +103,14 @@ _VALUES: dict[str, tuple[list[str], Sections]] = {
     "value-both-control": (["first", "second"], {"features": _BOTH, "control": "other_contexts"}),
 }
 _VALUES_TWICE: dict[str, tuple[list[str], Sections]] = {
-    "value-both-equal": (["first", "second"], {}),
     "value-both-matched": (["first", "second"], {"features": _BOTH, "control": "matched_tokens"}),
     "value-both-shared": (["first", "second"], {"features": _BOTH, "control": "shared_input"}),
     "value-second-shared": (["second"], {"control": "shared_input"}),
 }
-_ADJACENT: dict[str, tuple[list[str], Sections]] = {
+_VALUES_ONCE: dict[str, tuple[list[str], Sections]] = {
+    "value-both-equal": (["first", "second"], {}),
     "value-adjacent": (["adjacent"], {}),
     "value-near": (["first", "adjacent"], {"features": _BOTH}),
-}
-_ADJACENT_TWICE: dict[str, tuple[list[str], Sections]] = {
     "value-near-control": (["first", "adjacent"], {"features": _BOTH, "control": "other_contexts"}),
     "value-near-matched": (["first", "adjacent"], {"features": _BOTH, "control": "matched_tokens"}),
     "value-near-shared": (["first", "adjacent"], {"features": _BOTH, "control": "shared_input"}),
@@ -136,9 +134,8 @@ def _value_runs() -> Sections:
     """One layer, the other, both and the control at four sparsities, other controls at two; the adjacent pair once."""
     runs: Sections = {}
     for seed in _SEEDS:
-        four, two = (_VALUES, _VALUES_TWICE) if seed else (_VALUES | _ADJACENT, _VALUES_TWICE | _ADJACENT_TWICE)
-        for series, (layers, own) in (four | two).items():
-            for letter in _COEFFICIENTS if series in four else ("b", "d"):
+        for series, (layers, own) in (_VALUES | _VALUES_TWICE | ({} if seed else _VALUES_ONCE)).items():
+            for letter in _COEFFICIENTS if series in _VALUES else ("b", "d"):
                 runs[f"{series}-{letter}-s{seed}"] = _value(series, layers, _COEFFICIENTS[letter], seed, own)
         wide = _value("value-both-wide", ["first", "second"], 1.0, seed, {"features": 2 * _BOTH})
         runs[f"value-both-wide-c-s{seed}"] = wide
@@ -155,7 +152,7 @@ def _ablations() -> Sections:
         runs[f"mtc-wide-k60-s{seed}"] = _top_k(
             "mtc", "mtc-wide", "superposition", 60, seed, {"features": 2 * _FEATURES["mtc"]}
         )
-    for letter, coefficient in {"a": 2.0, "b": 1.0, "c": 0.5, "d": 0.25}.items():
+    for letter, coefficient in {"a": 2.0, "b": 0.5}.items():
         sparsity = {"kind": "l1", "coefficient": coefficient, "negative_coefficient": 0.0005}
         own = _top_k("mtc", "mtc-l1", "superposition", 0, 0)
         runs[f"mtc-l1-{letter}-s0"] = own | {"sparsity": sparsity}

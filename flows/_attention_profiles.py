@@ -38,7 +38,7 @@ def evidence_attention_(sections: Sections) -> None:
             runs[f"{name}-s{seed}"] = laptop[name] | {"seed": seed}
     sections["attention_runs"] = runs
     explain = sections["explain"]
-    explain["runs"] = [f"qk-rank1-k32-s{seed}" for seed in _SEEDS]
+    explain["runs"] = ["qk-rank1-k32-s0", *(f"qk-features512-k32-s{seed}" for seed in _SEEDS)]
     explain["decisions"] = [decision | {"run": "qk-rank1-k32-s0"} for decision in explain["decisions"]]
     wide = [f"arl-wide-s{seed}" for seed in _SEEDS]
     coded = [f"{name}-s0" for name in ("arl-rank1", *sections["replacements"]["codes_of"])]

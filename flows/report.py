@@ -43,7 +43,7 @@ def report(stage: Stage) -> None:
     keys = ("run", "series", "l0", "normalised_mse", "ce_recovered")
     # Everything is made before anything takes its place: a report is of one piece or the earlier one.
     with atomic_directory(stage.reports / "figures") as figures_directory:
-        _draw(metrics, records, clusters, config, figures_directory)
+        draw(metrics, records, clusters, config, figures_directory)
         markdown = render_markdown(metrics, findings)
         page = render_html(markdown, figures_directory)
         with atomic_directory(stage.reports / "plots") as plots_directory:
@@ -55,7 +55,8 @@ def report(stage: Stage) -> None:
     write_text(stage.reports / "findings.html", page)
 
 
-def _draw(metrics: dict[str, Any], records: list[Any], clusters: Any, config: ReportConfig, directory: Path) -> None:
+def draw(metrics: dict[str, Any], records: list[Any], clusters: Any, config: ReportConfig, directory: Path) -> None:
+    """Every figure of the report."""
     frontier = metrics["frontier"]
     figures.head_map(metrics["survey"], metrics["layers"], directory / "head_map.png")
     figures.mtc_frontier(frontier, metrics["references"], directory / "mtc_frontier.png")

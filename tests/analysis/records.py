@@ -102,6 +102,7 @@ def evidence() -> dict[str, Any]:
     ]  # fmt: skip
     side = {"median": 0.4, "interval": [0.3, 0.5], "shuffled": 0.02, "n_features": 50,
             "bits": {"median": 0.3, "interval": [0.2, 0.4], "shuffled": 0.0}}  # fmt: skip
+    side |= {part: {"median": 0.3, "shuffled": 0.02} for part in ("top", "middle")}
     labels = {"induction": {"count": 7, "expected": 0.5}, "succession": {"count": 1, "expected": 0.2}}
     heads = {
         "survey_heads": [{"layer": 17, "head": 3, "score": 0.8}],

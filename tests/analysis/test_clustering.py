@@ -74,6 +74,11 @@ def test_k_stays_below_an_eighth_of_the_live_features():
     assert max(s["k"] for s in result["sizes"]) == 16
 
 
+def test_from_64_on_k_takes_half_steps_so_that_a_few_dead_features_leave_three_sizes():
+    assert clustering._ks(2040, 256) == [2, 4, 8, 16, 32, 64, 96, 128, 192]
+    assert clustering._ks(1_000_000, 256)[-3:] == [128, 192, 256]
+
+
 def test_the_analysis_is_reproducible():
     loadings = planted([200, 56])
     assert analyse_loadings("x", loadings, np.ones(256, dtype=bool), CONFIG) == analyse_loadings(

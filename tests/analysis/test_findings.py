@@ -4,7 +4,7 @@ import pytest
 
 from crosshead.analysis.findings import ReportConfig, collect
 from crosshead.analysis.verdicts import judge
-from tests.analysis.records import documents
+from tests.analysis.records import documents, record
 
 CONFIG = ReportConfig()
 
@@ -57,6 +57,29 @@ def test_an_mtc_that_loses_to_top1_or_has_more_features_decides_nothing():
     assert "different numbers of features" in superposition(of_penalties(larger)).reason
 
 
+def test_a_coarse_sweep_of_a_convex_curve_is_held_against_the_same_points_of_the_fine_one():
+    document = documents()
+    document["records"] = [r for r in document["records"] if r["series"] not in ("mtc", "top1")]
+    for series, levels in (("mtc", (30, 60, 110, 200)), ("top1", (30, 60, 110, 200)), ("mtc-penalty-l1", (30, 200))):
+        document["records"] += [record(series, l0, 5 / l0 + 0.1) for l0 in levels]
+    found = collect(**document, profile="test", config=CONFIG, inputs={})["comparisons"]
+    assert found["mtc-penalty-l1_over_top1"]["ratio"] == pytest.approx(1.0)
+    assert found["mtc_over_top1"]["n_sparsities"] == 4
+
+
+def test_a_control_of_fewer_coefficients_brings_its_own_two_layers_at_the_same_ones():
+    document = documents()
+    for row in document["records"]:
+        if row["series"].startswith("value-both"):
+            row["sparsity_value"] /= 2  # the coefficient of the one-layer SAE whose L0 is half
+    coarse = [r for r in document["records"] if r["series"] != "value-both-control" or r["sparsity_value"] in (30, 200)]
+    found = collect(**document | {"records": coarse}, profile="test", config=CONFIG, inputs={})["comparisons"]
+    assert found["value-both-control_over_sum"]["n_sparsities"] == 2
+    assert found["value-both-control_over_sum"]["own"]["n_sparsities"] == 2
+    assert found["value-both_over_sum"]["n_sparsities"] == 4
+    assert "own" not in metrics()["comparisons"]["value-both-control_over_sum"]
+
+
 def test_a_two_layer_gap_without_the_matched_controls_stays_inconclusive_and_its_absence_contradicts():
     assert verdict(metrics((0, 1, 2), both_factor=0.8), "cross-layer") == "inconclusive"
     assert verdict(metrics((0, 1, 2), both_factor=1.3), "cross-layer") == "contradicts"
@@ -70,13 +93,13 @@ def test_an_input_that_is_no_metrics_file_is_refused():
 @pytest.mark.parametrize("factor", [0.8, 1.2])
 def test_a_gap_in_the_control_leaves_the_comparison_undecided(factor):
     document = documents((0, 1, 2), both_factor=1.3)
-    for record in document["records"]:
-        if record["series"] == "value-both-control":
-            record["evaluation"]["context_squared_error"] = [
-                factor * error for error in record["evaluation"]["context_squared_error"]
+    for row in document["records"]:
+        if row["series"] == "value-both-control":
+            row["evaluation"]["context_squared_error"] = [
+                factor * error for error in row["evaluation"]["context_squared_error"]
             ]
-            record["evaluation"]["normalised_mse"] *= factor
-            record["evaluation"]["l1"] *= factor
+            row["evaluation"]["normalised_mse"] *= factor
+            row["evaluation"]["l1"] *= factor
     found = collect(**document, profile="test", config=CONFIG, inputs={})
     finding = next(f for f in judge(found, CONFIG) if f.key == "cross-layer")
     assert finding.verdict == "inconclusive"

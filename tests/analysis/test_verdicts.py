@@ -99,6 +99,8 @@ def test_layers_need_a_gap_that_beats_every_control():
     own_gap = ratio(0.8, 0.9, objective=[{"ratio": 0.95}])
     assert "where no gap may remain" in of_layers(ratio(0.85, 0.9, objective=gap), other_contexts=own_gap).reason
     assert of_layers(ratio(1.1, 1.2, objective=gap)).verdict == "contradicts"
+    coarse = ratio(0.92, 0.95, objective=[{"ratio": 0.95}]) | {"own": ratio(0.93, 0.96, objective=gap)}
+    assert "(iii)" in of_layers(ratio(0.85, 0.9, objective=gap), shared_input=coarse).reason, "at equal coefficients"
 
 
 def test_joint_training_must_lose_at_low_and_at_high_l0_and_with_all_heads():

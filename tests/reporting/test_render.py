@@ -4,40 +4,25 @@ import pytest
 
 from crosshead.analysis.findings import SCHEMA, ReportConfig, collect
 from crosshead.analysis.verdicts import judge
-from crosshead.reporting import evidence as evidence_figures
-from crosshead.reporting import figures
-from crosshead.reporting.attention_figures import draw_attention
 from crosshead.reporting.page import render_html
 from crosshead.reporting.render import anchor, render_markdown
-from tests.analysis.records import attention_evidence, documents, evidence
+from flows.report import draw
+from tests.analysis.records import attention_evidence, documents, evidence, record
 
 CONFIG = ReportConfig()
 
 
-@pytest.fixture(scope="module")
-def report(tmp_path_factory):
+@pytest.fixture(scope="module", params=[(0,), (0, 1, 2)], ids=["one-seed", "three-seeds"])
+def report(request, tmp_path_factory):
     inputs = {"gpu": {"schema": SCHEMA, "profile": "gpu", "frontier": [], "comparisons": {}}}
-    metrics = collect(**documents(), **evidence(), **attention_evidence(), profile="test", config=CONFIG, inputs=inputs)
+    made = documents(request.param)
+    made["records"] += [record(series, l0, 5 / l0, seed) for seed in request.param[1:] for l0 in (30, 110)
+                        for series in ("mtc-penalty-l1", "mtc-nonnegative", "heads4", "mtc-settings")]  # fmt: skip
+    metrics = collect(**made, **evidence(), **attention_evidence(), profile="test", config=CONFIG, inputs=inputs)
     directory = tmp_path_factory.mktemp("figures")
-    draw(metrics, directory)
+    draw(metrics, made["records"], made["clusters"], CONFIG, directory)
     markdown = render_markdown(metrics, judge(metrics, CONFIG))
     return metrics, markdown, render_html(markdown, directory), directory
-
-
-def draw(metrics, directory):
-    clusters = documents()["clusters"]
-    figures.head_map(metrics["survey"], metrics["layers"], directory / "head_map.png")
-    figures.mtc_frontier(metrics["frontier"], metrics["references"], directory / "mtc_frontier.png")
-    figures.value_frontier(metrics["frontier"], [(60.0, 0.1), (120.0, 0.05)], {"value-both": "both"},
-                           directory / "value_frontier.png")  # fmt: skip
-    figures.attention_output_frontier(metrics["frontier"], directory / "attention_output_frontier.png")
-    figures.cluster_sizes("mtc-30", clusters["sizes"], clusters["clusters"], directory / "clusters_mtc-30.png")
-    evidence_figures.one_head_null(metrics["frontier"], metrics["nulls"]["rows"], ("mtc", "top1"),
-                                   directory / "one_head_null.png")  # fmt: skip
-    evidence_figures.ov_dimensions(metrics["meaning"]["ov_dimensions"], directory / "ov_dimensions.png")
-    phases = [row for row in metrics["planted"]["rows"] if row["question"] == "phases"]
-    evidence_figures.planted_phases(phases, directory / "planted_phases.png")
-    draw_attention(metrics, directory)
 
 
 def test_the_page_needs_nothing_outside_itself(report):
@@ -123,6 +108,7 @@ def test_text_is_escaped(tmp_path):
 
 def test_equal_numbers_give_equal_bytes(report, tmp_path):
     metrics, _, _, directory = report
-    draw(metrics, tmp_path)
+    made = documents()
+    draw(metrics, made["records"], made["clusters"], CONFIG, tmp_path)
     for path in directory.iterdir():
         assert path.read_bytes() == (tmp_path / path.name).read_bytes(), path.name

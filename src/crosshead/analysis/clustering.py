@@ -40,7 +40,8 @@ class ClusterConfig(BaseModel):
     runs: Annotated[tuple[str, ...], Field(min_length=1)]
     """Training runs whose head loadings are clustered."""
     largest_k: Annotated[int, Field(ge=2)] = 256
-    """k runs over powers of two up to this and up to an eighth of the live features."""
+    """k runs over powers of two, from 64 on with a half step between them, up to this and up to an eighth of the live
+    features."""
     seeds: Annotated[int, Field(ge=1)] = 3
     """Seeds of k-means for every k."""
     minimum_k_for_fit: Annotated[int, Field(ge=2)] = 64
@@ -90,7 +91,8 @@ def analyse_loadings(source: str, loadings: Vectors, live: NDArray[np.bool_], co
 
 
 def _ks(n_features: int, largest: int) -> list[int]:
-    return [2**i for i in range(1, 20) if 2**i <= min(largest, n_features // 8)]
+    steps = [2**i for i in range(1, 20)] + [3 * 2**i for i in range(5, 19)]
+    return sorted(k for k in steps if k <= min(largest, n_features // 8))
 
 
 def _with_nulls(source: str, vectors: Vectors) -> Iterable[tuple[str, Vectors]]:

@@ -69,6 +69,8 @@ class ReportConfig(BaseModel):
     """Series of MTCs and Top-1 MTCs trained from other starts, at other learning rates and lengths."""
     few_heads: tuple[str, ...] = ("heads2", "heads4")
     """Series of MTCs that keep few movers per feature, fewest first."""
+    variants: tuple[str, ...] = ("mtc-nonnegative", "top1-fixed")
+    """Series that are held against Top-1 for the reader: other signs of loadings, heads that never change."""
 
 
 def collect(
@@ -171,7 +173,7 @@ def _matched(series: Mapping[str, list[Record]], references: Record, config: Rep
 
 def _comparisons(series: Mapping[str, list[Record]], config: ReportConfig) -> Record:
     pairs = {"mtc_over_top1": (config.mtc, config.top1)}
-    pairs |= {f"{name}_over_top1": (name, config.top1) for name in config.mtc_penalties}
+    pairs |= {f"{name}_over_top1": (name, config.top1) for name in (*config.mtc_penalties, *config.variants)}
     pairs |= {
         "mtc_over_best_head": (config.mtc, config.best_head),
         "top1_over_joint_top1": (config.top1, config.joint_top1),
@@ -180,14 +182,36 @@ def _comparisons(series: Mapping[str, list[Record]], config: ReportConfig) -> Re
     found: Record = {}
     for key, (first, second) in pairs.items():
         if {first, second} <= series.keys():
-            found[key] = _seeded(compare_series(series[first], series[second]), series[first], series[second])
+            sweeps = _alike(series[first], series[second])
+            found[key] = _seeded(compare_series(*sweeps), *sweeps)
     for name, one, other in _two_layer_sweeps(config):
         if {name, one, other} <= series.keys():
-            sweeps = series[name], series[one], series[other]
-            found[f"{name}_over_sum"] = _seeded(compare_with_sum(*sweeps), *sweeps) | {
-                "objective": compare_objectives(*sweeps)
-            }
+            found[f"{name}_over_sum"] = _over_sum(*_alike(series[name], series[one], series[other]))
+    for control, name, one, other in _controlled_sweeps(config):
+        if {name, one, other} <= series.keys() and f"{control}_over_sum" in found:
+            # A control of fewer coefficients is held against its own two layers at the same ones.
+            alike = _alike(series[name], series[one], series[other], series[control])[:3]
+            if len(alike[0]) < len(series[name]):
+                found[f"{control}_over_sum"]["own"] = _over_sum(*alike)
     return found
+
+
+def _alike(*sweeps: list[Record]) -> tuple[list[Record], ...]:
+    """Of every sweep the sparsities that all have: a line through two points lies above a convex curve through four,
+    so a coarse sweep would look worse than a fine one. As they are where fewer than two are shared, and where a number
+    of active features means another thing over one layer and over two.
+    """
+    shared = set.intersection(*({record["sparsity_value"] for record in sweep} for sweep in sweeps))
+    records = [record for sweep in sweeps for record in sweep]
+    mixed = len({len(r["layers"]) for r in records}) > 1 and {r["sparsity"]["kind"] for r in records} != {"l1"}
+    if len(shared) < 2 or mixed:
+        return sweeps
+    return tuple([record for record in sweep if record["sparsity_value"] in shared] for sweep in sweeps)
+
+
+def _over_sum(two: list[Record], one: list[Record], other: list[Record]) -> Record:
+    sweeps = two, one, other
+    return _seeded(compare_with_sum(*sweeps), *sweeps) | {"objective": compare_objectives(*sweeps)}
 
 
 def _robustness(series: Mapping[str, list[Record]], config: ReportConfig) -> Record | None:
@@ -210,6 +234,14 @@ def _two_layer_sweeps(config: ReportConfig) -> list[tuple[str, str, str]]:
     near = config.two_layer_near
     sweeps += [(name, one, other) for name in (near, f"{near}-control", f"{near}-matched")]
     return [*sweeps, (f"{near}-shared", one, f"{other}-shared")]
+
+
+def _controlled_sweeps(config: ReportConfig) -> list[tuple[str, str, str, str]]:
+    """Every control with the two-layer series it is a control of, and that one's two one-layer series."""
+    controls = (config.two_layer_control, config.two_layer_matched, config.two_layer_shared)
+    found = [(control, config.two_layer[0], *config.one_layer) for control in controls]
+    near = config.two_layer_near
+    return [*found, *((f"{near}-{end}", near, *config.one_layer_near) for end in ("control", "matched", "shared"))]
 
 
 def _seeded(comparison: Comparison, *sweeps: Sequence[Record]) -> Record:

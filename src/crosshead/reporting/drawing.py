@@ -23,6 +23,7 @@ STYLE: Any = {
     "svg.hashsalt": "crosshead",
 }
 COLOURS = ("#1b6ca8", "#d1495b", "#2e8b57", "#8d6a9f", "#c98b1a", "#4d4d4d", "#66a3a3")
+_MARKERS = ("o", "s", "^")
 KEY_SIDE = "L0: active features per position (key side)"
 
 
@@ -52,9 +53,14 @@ def logarithmic(axes: Axes) -> None:
 
 
 def draw(axes: Axes, points: Sequence[tuple[float, float]], label: str, index: int, **style: Any) -> None:
-    """A frontier's points, joined by a line."""
+    """A frontier's points, joined by a line where there are three or more."""
     points = sorted(points)
-    options: dict[str, Any] = {"marker": "o", "markersize": 4, "linewidth": 1.4} | style
+    # Colours come round again with another marker; a line through two points would lie above a curve through four.
+    few = len(points) < 3
+    marker = "D" if few else _MARKERS[index // len(COLOURS) % len(_MARKERS)]
+    options: dict[str, Any] = {"marker": marker, "markersize": 4, "linewidth": 1.4} | style
+    if few:
+        options["linestyle"] = "none"
     axes.plot(*zip(*points, strict=True), label=label, color=COLOURS[index % len(COLOURS)], **options)
 
 

@@ -12,6 +12,7 @@ from crosshead.reporting.drawing import COLOURS, STYLE, draw, frontier_axes, poi
 __all__ = ["one_head_null", "ov_dimensions", "planted_phases"]
 
 Record = dict[str, Any]
+_COLUMNS = 3
 
 
 def one_head_null(frontier: Sequence[Record], null: Sequence[Record], names: Sequence[str], path: Path) -> None:
@@ -30,9 +31,11 @@ def ov_dimensions(clusters: Sequence[Record], path: Path) -> None:
     """Effective rank of every cluster's decoder rows against its size, with the range of random sets as large."""
     with mpl.rc_context(STYLE):
         runs = list(dict.fromkeys(c["run"] for c in clusters))
-        figure = Figure(figsize=(4.6 * len(runs), 3.8))
+        columns = min(_COLUMNS, len(runs))
+        lines = -(-len(runs) // columns)
+        figure = Figure(figsize=(4.6 * columns, 3.8 * lines))
         for i, run in enumerate(runs):
-            axes = figure.add_subplot(1, len(runs), i + 1)
+            axes = figure.add_subplot(lines, columns, i + 1)
             own = sorted((c for c in clusters if c["run"] == run), key=lambda c: c["size"])
             sizes = [c["size"] for c in own]
             axes.fill_between(sizes, [c["random_low"] for c in own], [c["random_high"] for c in own], color="#c9ced8",
@@ -40,7 +43,7 @@ def ov_dimensions(clusters: Sequence[Record], path: Path) -> None:
             axes.plot(sizes, [c["effective_rank"] for c in own], "o", color=COLOURS[i % len(COLOURS)], markersize=4,
                       label="clusters")  # fmt: skip
             axes.set(xscale="log", yscale="log", xlabel="features in the cluster", title=f"{run}, k={own[0]['k']}")
-            axes.set_ylabel("OV dimension (effective rank)" if i == 0 else "")
+            axes.set_ylabel("OV dimension (effective rank)" if i % columns == 0 else "")
             axes.legend(fontsize=8)
         figure.tight_layout()
         save(figure, path)

@@ -54,9 +54,7 @@ def mtc_frontier(frontier: Sequence[Record], references: Record, path: Path) -> 
         rows = [r for r in frontier if r["architecture"] == "mtc" and r["target"] == "attn_out"]
         rows = [r for r in rows if not r["series"].endswith(_APART)]
         for i, series in enumerate(dict.fromkeys(r["series"] for r in rows)):
-            own = points_of(rows, series)
-            single = len(own) == 1
-            draw(axes, own, series, i, linestyle="none" if single else "-", marker="D" if single else "o")
+            draw(axes, points_of(rows, series), series, i)
         linear = [(p["l0"], p["normalised_mse"]) for p in references["linear_top1"]]
         axes.plot(*zip(*linear, strict=True), "--", color="black", linewidth=1, label="linear Top-1 (no dictionary)")
         svd = [(p["rank"], p["normalised_mse"]) for p in references["svd"]]
@@ -94,8 +92,7 @@ def coupling_frontier(frontier: Sequence[Record], series: Mapping[str, str], pat
         for i, (name, label) in enumerate(series.items()):
             points = points_of(frontier, name)
             if points:
-                single = len(points) == 1
-                draw(axes, points, label, i, linestyle="none" if single else "-", marker="D" if single else "o")
+                draw(axes, points, label, i)
         axes.legend(fontsize=8)
         save(figure, path)
 

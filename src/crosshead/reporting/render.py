@@ -119,9 +119,13 @@ _MEANING = (
     Column("moved from", "from", "{:.3f}"),
     Column("95%", "from_interval"),
     Column("shuffled", "from_shuffled", "{:.3f}"),
+    Column("top / middle", "from_ranges"),
+    Column("bits", "from_bits", "{:.1%}"),
     Column("moved to", "to", "{:.3f}"),
     Column("95%", "to_interval"),
     Column("shuffled", "to_shuffled", "{:.3f}"),
+    Column("top / middle", "to_ranges"),
+    Column("bits", "to_bits", "{:.1%}"),
     Column("attends over (tokens)", "breadth", "{:.2f}"),
     Column("95%", "breadth_interval"),
 )
@@ -239,6 +243,10 @@ def _numbers(run: str, found: Record) -> Record:
         interval = value["interval"]
         row |= {name: value["median"], f"{name}_shuffled": value.get("shuffled"),
                 f"{name}_interval": interval and f"{interval[0]:.3f} to {interval[1]:.3f}"}  # fmt: skip
+        if "bits" in value:
+            ranges = [value[part] and value[part]["median"] for part in ("top", "middle")]
+            row |= {f"{name}_bits": value["bits"]["median"],
+                    f"{name}_ranges": None if None in ranges else "{:.3f} / {:.3f}".format(*ranges)}  # fmt: skip
     return row
 
 

@@ -99,12 +99,12 @@ def _dimensions(metrics: Record, config: Any) -> Finding | None:
     shown = next(iter(modality))
     own = [d for d in metrics["meaning"]["ov_dimensions"] if d["run"] == shown]
     outside = sum(not d["random_low"] <= d["effective_rank"] <= d["random_high"] for d in own)
-    correlations = metrics["meaning"]["size_correlations"].get(shown) or {}
-    sizes = "".join(
-        f" Cluster size against share of {name.replace('_', '-')}s: rho {found['rho']:.2f} (p {found['p_value']:.2f})."
-        for name, found in correlations.items()
-        if found is not None
-    )
+    correlations = [metrics["meaning"]["size_correlations"].get(run) or {} for run in modality]
+    sizes = ""
+    for name in dict.fromkeys(name for found in correlations for name in found):
+        each = [found[name] for found in correlations if found.get(name) is not None]
+        listed = ", ".join(f"{one['rho']:.2f} (p {one['p_value']:.2f})" for one in each)
+        sizes += f" Cluster size against share of {name.replace('_', '-')}s: rho {listed}." if each else ""
     verdict, reason = decide_dimensions([(rows[run]["seed"], test) for run, test in modality.items()])
     return Finding(
         key="ov-dimension",
@@ -113,7 +113,8 @@ def _dimensions(metrics: Record, config: Any) -> Finding | None:
         figure=f"OV dimensions of {len(own)} clusters of {shown}, over those of random sets as large: test for one mode "
         f"(dip) p {modality[shown]['p_value']:.2f}, power {modality[shown]['power']:.0%} for two modes a factor of 4 apart "
         f"({modality[shown]['n']} clusters).{sizes}",
-        control=f"Size-matched random sets of features: {outside} of {len(own)} clusters lie outside their 95% range.",
+        control=f"Size-matched random sets of features: {outside} of {len(own)} clusters lie outside their 95% range; "
+        f"chance gives {0.05 * len(own):.1f}.",
         verdict=verdict,
         rule=f"Contradicts when one mode is rejected at 5% (Bonferroni over dictionaries) at {SEEDS_TO_DECIDE} seeds or "
         f"more; supports when it is rejected at none of as many and each test has a power of {_POWER:.0%}.",

@@ -62,8 +62,7 @@ def _pair(
         "matched tokens": f"(ii) from other contexts at the same current and previous token{_shares(matched)}",
         "shared input": "(iii) second layer's values recomputed from the first layer's input",
     }
-    listed = "; ".join(f"{text}: " + ("not run" if (c := held[label]) is None else f"{ratio_text(c)}{objective_text(c)}")
-                       for label, text in texts.items())  # fmt: skip
+    listed = "; ".join(f"{text}: {_control_text(held[label])}" for label, text in texts.items())
     return Finding(
         key=key,
         title=f"Cross-layer representations, {which}",
@@ -74,11 +73,19 @@ def _pair(
         verdict=verdict,
         rule="Supports only when the interval lies below 1, control (i) shows no gap in the objective (within 2%), control "
         f"(ii) matches at least one token at {MATCHED:.0%} of positions, and ratio and objective lie below those of "
-        "(ii) and (iii), without which the gap may be shared input.",
+        "(ii) and (iii) at the same coefficients, without which the gap may be shared input.",
         reason=reason,
         picture=picture,
         commands=commands(metrics, "report"),
     )
+
+
+def _control_text(control: Record | None) -> str:
+    if control is None:
+        return "not run"
+    own = control.get("own")
+    beside = "" if own is None else f" (two layers at the same coefficients: {ratio_text(own)}{objective_text(own)})"
+    return f"{ratio_text(control)}{objective_text(control)}{beside}"
 
 
 def _shares(matched: Sequence[Record]) -> str:
@@ -95,7 +102,8 @@ def decide_layers(comparison: Record, controls: dict[str, Record | None], matche
     """A gap must show no twin where nothing is shared, and must beat what a shared input alone gives.
 
     By frontier and by objective: L0 falls whenever features are shared, even where rows share nothing, so control (i) is
-    judged by the objective, which adds up over layers. ``matched`` are the runs of control (ii).
+    judged by the objective, which adds up over layers. A control of fewer coefficients brings the comparison at the same
+    ones (``own``). ``matched`` are the runs of control (ii).
     """
     names = {"other contexts": "(i)", "matched tokens": "(ii)", "shared input": "(iii)"}
     found = decide(comparison)
@@ -122,11 +130,12 @@ def decide_layers(comparison: Record, controls: dict[str, Record | None], matche
         return Decision(
             "inconclusive", f"control (ii) matches a token at {least:.0%} of positions; the rule asks {MATCHED:.0%}"
         )
-    own = objective(comparison)
-    if own is None or own >= 1 - NO_GAP:
+    gap = objective(comparison)
+    if gap is None or gap >= 1 - NO_GAP:
         return Decision("inconclusive", "the objective shows no gap")
     for label, name in (("matched tokens", "(ii)"), ("shared input", "(iii)")):
-        other = objective(held[label])
-        if not lies_below(comparison, held[label]) or other is None or own >= other:
+        against = held[label].get("own") or comparison
+        own, other = objective(against), objective(held[label])
+        if not lies_below(against, held[label]) or own is None or other is None or own >= other:
             return Decision("inconclusive", f"the gap does not beat control {name}: shared input")
     return Decision("supports", "below 1 and below controls (ii) and (iii), by frontier and objective")

@@ -59,6 +59,9 @@ def _superposition(metrics: Record, config: Any) -> Finding | None:
     others = "".join(f" {name} over Top-1: {ratio_text(other)}; its null: "
                      + (ratio_text(nulls[name]) if name in nulls else "not run") + "."
                      for name, other in norms.items() if other is not None)  # fmt: skip
+    variants = {name: metrics["comparisons"].get(f"{name}_over_top1") for name in config.variants}
+    others += "".join(f" For the reader, {name} over Top-1: {ratio_text(other)}."
+                      for name, other in variants.items() if other is not None)  # fmt: skip
     return Finding(
         key="superposition",
         title="Attention superposition",
@@ -162,7 +165,10 @@ def _heads(metrics: Record, config: Any) -> Finding | None:
     mtc = [r for r in rows if r["series"] == config.mtc]
     if not top1 or not mtc:
         return None
-    at = min(mtc, key=lambda r: (r["seed"], abs(r["l0"] - _NEAR_L0)))
+    held = [{r["sparsity_value"] for r in rows if r["series"] == name} for name in config.few_heads]
+    shared = set.intersection(*held) if held else set()
+    candidates = [r for r in mtc if r["sparsity_value"] in shared] or mtc
+    at = min(candidates, key=lambda r: (r["seed"], abs(r["l0"] - _NEAR_L0)))
     same = min(top1, key=lambda r: (r["seed"] != at["seed"], abs(r["l0"] - at["l0"])))
     few = [r for r in rows if isinstance(r["heads_per_feature"], int) and r["heads_per_feature"] > 1
            and r["architecture"] == "mtc" and r["seed"] == same["seed"]
@@ -170,7 +176,7 @@ def _heads(metrics: Record, config: Any) -> Finding | None:
     dose = "; ".join(f"{r['heads_per_feature']}: {r['normalised_mse']:.4f} at L0 {r['l0']:.0f}"
                      for r in sorted([*few, same], key=lambda r: r["heads_per_feature"]))  # fmt: skip
     spread = at["superposition"]
-    null = _null_spread(metrics, config)
+    null = _null_spread(metrics, config, at["sparsity_value"])
     verdict, reason = _decide_heads(metrics, config)
     return Finding(
         key="heads-per-feature",
@@ -196,8 +202,10 @@ def _null_rows(metrics: Record, series: str) -> list[Record]:
     return [r for r in rows if r["series"] == series and r["participation_ratio_mean"] is not None]
 
 
-def _null_spread(metrics: Record, config: Any) -> str:
-    ratios = [r["participation_ratio_mean"] for r in _null_rows(metrics, config.mtc)]
+def _null_spread(metrics: Record, config: Any, sparsity: float) -> str:
+    rows = _null_rows(metrics, config.mtc)
+    same = [r for r in rows if float(r["k"]) == sparsity]
+    ratios = [r["participation_ratio_mean"] for r in same or rows]
     return f"{min(ratios):.2f} to {max(ratios):.2f}" if ratios else "not run"
 
 

@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from crosshead.analysis import qk_patching
 from crosshead.analysis.attention_metrics import evaluate as evaluate_any
 from crosshead.analysis.evaluation import EvaluationConfig
 from crosshead.analysis.qk_metrics import evaluate
@@ -138,3 +139,16 @@ def test_the_full_svd_is_the_form_itself(setup):
 def test_nothing_held_out_is_refused(setup):
     with pytest.raises(ValueError, match="no held-out positions"):
         evaluate(setup[1], [], CONFIG)
+
+
+def test_a_cost_that_is_noise_recovers_nothing(setup, monkeypatch):
+    model, module, _, heldout = setup if len(setup) == 4 else (setup[0], setup[1], None, setup[-1])
+    monkeypatch.setattr(qk_patching, "_LEAST_COST", 1e9)
+    assert qk_patching.patch_scores(module, model, heldout, heldout, 2).ce_recovered is None
+    assert qk_patching.Patching.model_fields["ce_recovered"].annotation == float | None
+
+
+def test_the_svd_s_pair_l0_counts_the_mean_query(setup):
+    module, heldout = setup[1], setup[-1]
+    found = {r.name: r.l0 for r in measure_references(module, heldout, heldout)}
+    assert found["svd/4"] == 5

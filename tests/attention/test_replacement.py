@@ -373,3 +373,16 @@ def test_a_head_wider_than_the_base_layers_cannot_copy_it():
     module.use_attention_(SPEC.model_copy(update={"head_dim": 2}), None)
     with pytest.raises(ValueError, match="head_dim=4 exceeds the base layer's 2"):
         module.start_([random_batch(0)], {}, torch.Generator())
+
+
+@pytest.mark.parametrize(("features", "head_dim", "where", "what"), [(4, 6, 1.0, 1.0), (24, 2, 3**0.5, 0.5)])
+def test_steps_are_as_large_for_many_narrow_heads_as_for_few_wide_ones(features, head_dim, where, what):
+    config = Config.model_validate({"layers": [LAYER], "features": features, "head_dim": head_dim})
+    module = Module(config, DIMS)
+    multipliers = {id(p): group.multiplier for group in module.parameter_groups() for p in group.parameters}
+    assert multipliers[id(module.query)] == multipliers[id(module.key)] == pytest.approx(where)
+    for term in (module.query_bias, module.key_bias, module.bos_key):
+        assert multipliers[id(term)] == pytest.approx(where * config.terms_multiplier)
+    assert multipliers[id(module.out)] == pytest.approx(what)
+    assert multipliers[id(module.value)] == 1.0
+    assert multipliers[id(module.bos_score)] == config.terms_multiplier

@@ -23,6 +23,9 @@ from crosshead.dictionaries.base import Batch
 __all__ = ["Patching", "patch_scores"]
 
 
+_LEAST_COST = 0.02
+
+
 class Patching(BaseModel):
     """Next-token cross-entropies (nats, mean over predicted tokens) and what they say."""
 
@@ -35,7 +38,8 @@ class Patching(BaseModel):
     kl: float
     """KL(clean || patched) of the next-token distributions."""
     ce_recovered: float | None
-    """(mean score - patched) / (mean score - clean); None where the mean score costs less than 1e-3 nats."""
+    """(mean score - patched) / (mean score - clean); None where the mean score costs less than 0.02 nats: of a few
+    hundred tokens such a difference is noise."""
 
 
 @torch.no_grad()
@@ -73,7 +77,7 @@ def patch_scores(
         ce_mean_score=means_of["mean"],
         delta_ce=means_of["patched"] - means_of["clean"],
         kl=means_of["kl"],
-        ce_recovered=None if abs(cost) < 1e-3 else (means_of["mean"] - means_of["patched"]) / cost,
+        ce_recovered=None if abs(cost) < _LEAST_COST else (means_of["mean"] - means_of["patched"]) / cost,
     )
 
 

@@ -141,11 +141,9 @@ def test_nothing_held_out_is_refused(setup):
         evaluate(setup[1], [], CONFIG)
 
 
-def test_a_cost_that_is_noise_recovers_nothing(setup, monkeypatch):
-    model, module, _, heldout = setup if len(setup) == 4 else (setup[0], setup[1], None, setup[-1])
-    monkeypatch.setattr(qk_patching, "_LEAST_COST", 1e9)
-    assert qk_patching.patch_scores(module, model, heldout, heldout, 2).ce_recovered is None
-    assert qk_patching.Patching.model_fields["ce_recovered"].annotation == float | None
+def test_a_cost_that_is_noise_recovers_nothing():
+    assert qk_patching._recovered(1.0, 0.9995, 1.006) is None
+    assert qk_patching._recovered(1.0, 1.01, 1.05) == pytest.approx(0.8)
 
 
 def test_the_svd_s_pair_l0_counts_the_mean_query(setup):

@@ -8,6 +8,7 @@ from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from crosshead.activations.capture import attention_specs, capture, rotary_tables
+from crosshead.attention import wide
 from crosshead.attention.registry import load_attention_model
 from crosshead.attention.replacement import Config, Module
 from crosshead.dictionaries.base import Batch, ModelDims, Site
@@ -386,3 +387,12 @@ def test_steps_are_as_large_for_many_narrow_heads_as_for_few_wide_ones(features,
     assert multipliers[id(module.out)] == pytest.approx(what)
     assert multipliers[id(module.value)] == 1.0
     assert multipliers[id(module.bos_score)] == config.terms_multiplier
+
+
+def test_attention_kernels_see_one_aligned_width(monkeypatch):
+    seen, own = [], wide.scaled_dot_product_attention
+    monkeypatch.setattr(wide, "scaled_dot_product_attention", lambda *a, **k: seen.extend(a) or own(*a, **k))
+    q, k, v = (torch.randn(2, 4, 7, w) for w in (5, 5, 3))
+    z = wide.attend(q, k, v, torch.ones(2, 7, dtype=torch.bool), scale=0.5).z_BGTW
+    assert {x.shape[-1] for x in seen} == {8}
+    assert_close(z, wide.patterns(q, k, None, 0.5) @ v)

@@ -69,7 +69,6 @@ def patch_scores(
     if not n_tokens:
         raise ValueError("no held-out positions to patch; raise evaluation.splice_contexts")
     means_of = {name: total / n_tokens for name, total in totals.items()}
-    cost = means_of["mean"] - means_of["clean"]
     return Patching(
         n_tokens=n_tokens,
         ce_clean=means_of["clean"],
@@ -77,8 +76,13 @@ def patch_scores(
         ce_mean_score=means_of["mean"],
         delta_ce=means_of["patched"] - means_of["clean"],
         kl=means_of["kl"],
-        ce_recovered=None if abs(cost) < _LEAST_COST else (means_of["mean"] - means_of["patched"]) / cost,
+        ce_recovered=_recovered(means_of["clean"], means_of["patched"], means_of["mean"]),
     )
+
+
+def _recovered(clean: float, patched: float, mean_score: float) -> float | None:
+    cost = mean_score - clean
+    return None if abs(cost) < _LEAST_COST else (mean_score - patched) / cost
 
 
 def _log_probabilities(

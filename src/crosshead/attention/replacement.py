@@ -288,8 +288,9 @@ class Module(LayerUnits):
     def _step_factors(self) -> tuple[float, float]:
         """Learning rates of queries and keys, and of outputs, so that a step moves as much whatever heads there are.
 
-        1 for as many heads of the base layer's width as it has. Adam moves every entry alike: scores, sums of e products over sqrt(e), by sqrt(e); what is written by as much as
-        columns bring together. Combined layers, where few of either are active, are left alone.
+        1 for as many heads of the base layer's width as it has. Adam moves entries alike: scores, sums of e products
+        over sqrt(e), by sqrt(e); what is written by as much as columns bring together. Combined layers, where few of
+        either are active, are left alone.
         """
         config, dims = self.config, self.dims
         if isinstance(config.variant, Combined):

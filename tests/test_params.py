@@ -1,6 +1,7 @@
 """Parameter files: the committed ones are valid, wrong ones say what is wrong, what was got and what to do."""
 
 import copy
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -58,7 +59,7 @@ def test_smoke_has_every_kind_of_attention_model():
 
 def test_evidence_has_the_seeds_and_sparsities_that_the_rules_on_attention_ask_for():
     runs = load_params(ROOT / "flows/profiles/evidence/params.yaml").attention_runs.values()
-    for series, n_sparsities in (("qk-rank1", 4), ("qk-features512", 4), ("qk-rank16", 4), ("qk-heads", 3),
+    for series, n_sparsities in (("qk-rank1", 5), ("qk-features512", 4), ("qk-rank16", 4), ("qk-heads", 3),
                                  ("arl-wide", 1), ("arl-narrow", 1)):  # fmt: skip
         seeds = [run.seed for run in runs if run.series == series]
         assert sorted(seeds) == sorted([0, 1, 2] * n_sparsities), series
@@ -67,6 +68,14 @@ def test_evidence_has_the_seeds_and_sparsities_that_the_rules_on_attention_ask_f
 def test_gpu_replaces_attention_by_1024_heads():
     run = load_params(ROOT / "flows/profiles/gpu/params.yaml").attention_runs["arl-wide"]
     assert run.dictionary_config({"first": 17}).features == 1024
+
+
+def test_runs_are_named_by_the_features_that_they_have():
+    for path in (ROOT / "params.yaml", *ROOT.glob("flows/profiles/*/params.yaml")):
+        for name, run in load_params(path).attention_runs.items():
+            if (told := re.search(r"features(\d+)", name)) is not None:
+                assert int(told[1]) == run.dictionary_config({"first": 17}).features, f"{path}: {name}"
+                assert told[0] in run.series, f"{path}: {name}"
 
 
 def test_gpu_trains_100_000_features_on_tens_of_millions_of_tokens():

@@ -171,8 +171,10 @@ def attention_evidence() -> dict[str, Any]:
     decision = {
         "run": "qk-rank1-8", "text": "Q: a\nb", "head": 3, "query": 4, "query_token": " a", "key": 2, "key_token": "\n",
         "attention": 0.4, "attention_predicted": 0.35, "score": 2.0, "predicted": 1.9, "base": 0.1, "error": 0.1,
-        "pairs": [{"feature": 7, "contribution": 1.5, "query_activation": 2.0, "key_activation": 1.0}], "rest": 0.3,
+        "pairs": [{"feature": 7, "contribution": 1.5, "query_activation": 2.0, "key_activation": 1.0,
+                   "by_centring": False}], "rest": 0.3,
         "n_pairs": 5, "deleted": [7], "attention_after": 0.1, "attention_after_predicted": 0.1,
+        "attention_after_others": 0.2,
         "deletion_difference": 1e-7, "next_token": " c",
         "strongest_keys": [{"position": 2, "token": "\n", "attention": 0.4, "predicted": 0.35}],
     }  # fmt: skip

@@ -132,3 +132,11 @@ def test_other_architectures_have_no_code():
 def test_every_form_of_replacement_layer_has_a_code():
     for case in CASES:
         assert coded(started(case)[0]).has_positions
+
+
+def test_steps_are_chosen_without_a_look_at_what_is_sent():
+    module = layer("plain")
+    train = [written_by(module, seed) for seed in range(2)]
+    one, other = (describe(module, train, [written_by(module, seed)], CodeConfig()) for seed in (5, 6))
+    assert one.normalised_mse != other.normalised_mse
+    assert (one.step, one.least_weight) == (other.step, other.least_weight)

@@ -14,6 +14,8 @@ from crosshead.analysis.claims.qk import (
 
 REFERENCES = [{"name": f"coordinates/{r}", "l0": float(r), "normalised_mse": 0.5, "kl": 0.1, "per_head": [0.5]}
               for r in (8, 64)]  # fmt: skip
+REFERENCES += [{"name": f"svd/{r}", "l0": r + 1.0, "normalised_mse": mse, "kl": 0.1, "per_head": [mse]}
+               for r, mse in ((2, 0.2), (8, 0.04), (32, 0.01))]  # fmt: skip
 
 
 def record(series: str, l0: float, mse: float, seed: int = 0, rank: int = 1, **other):
@@ -40,6 +42,14 @@ def test_rank_one_is_insufficient_where_no_run_reaches_a_low_error():
     assert decide_insufficient(sweep("a", n=3)).verdict == "inconclusive"
     dense = [r | {"l0": r["l0"] + 64} for r in sweep("a", 0.4)]
     assert decide_insufficient(dense).verdict == "supports", "as dense as the exact basis"
+
+
+def test_a_sweep_that_ends_before_a_dense_basis_is_good_says_nothing():
+    short = [r | {"l0": r["l0"] / 2} for r in sweep("a")]
+    assert decide_insufficient(short).verdict == "inconclusive"
+    assert "ends before" in decide_insufficient(short).reason
+    without = [r | {"evaluation": r["evaluation"] | {"references": REFERENCES[:2]}} for r in sweep("a")]
+    assert decide_insufficient(without).verdict == "inconclusive"
 
 
 def test_several_heads_need_a_flat_curve():
@@ -74,11 +84,19 @@ def test_high_rank_is_judged_by_the_highest():
     assert decide_rank({}).verdict == "inconclusive"
 
 
-def row(seed: int, share: float, n: int = 10, beating: int = 10, rank: int = 1):
+def row(seed: int, share: float, n: int = 10, beating: int = 10, rank: int = 1, score: float = 0.5):
     side = {"grain": "token", "what": "x", "share": 1.0, "expected": 0.1, "tokens": []}
-    features = [{"feature": i, "share_text": share, "permuted_largest": 0.2 if i < beating else 1.0, "before_key": side}
+    features = [{"feature": i, "share_text": share, "permuted_largest": 0.2 if i < beating else 1.0, "before_key": side,
+                 "score": score}
                 for i in range(n)]  # fmt: skip
-    return {"run": f"r{seed}", "seed": seed, "rank": rank, "features": features, "n_live": 100, "n_induction": 12}
+    return {
+        "run": f"r{seed}",
+        "seed": seed,
+        "rank": rank,
+        "features": features,
+        "n_live": 100,
+        "n_induction": 12 if score >= 0.3 else 0,
+    }
 
 
 def test_interpretable_needs_ten_features_that_beat_every_permuted_pair():
@@ -88,6 +106,15 @@ def test_interpretable_needs_ten_features_that_beat_every_permuted_pair():
     assert decide_interpretable([row(s, 0.1) for s in range(3)]).verdict == "contradicts"
     assert decide_interpretable([row(s, 0.9, n=6, beating=6) for s in range(3)]).verdict == "inconclusive"
     assert decide_interpretable([row(s, 0.9) for s in range(2)]).verdict == "inconclusive"
+
+
+def test_features_below_the_threshold_are_no_induction_features():
+    weak = [row(s, 0.9, score=0.29) for s in range(3)]
+    assert decide_interpretable(weak).verdict == "inconclusive"
+    strong = [row(s, 0.9) for s in range(3)]
+    assert (
+        decide_interpretable([*weak, *strong]).verdict == decide_interpretable([*strong, *weak]).verdict == "supports"
+    )
 
 
 def test_every_claim_that_was_run_gets_a_row():

@@ -2,6 +2,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+from crosshead.analysis.explaining import _others
 from crosshead.analysis.qk_contributions import contributions
 from crosshead.analysis.qk_explain import deleted_pattern, explain_attention
 from tests.analysis.qk import trained
@@ -75,3 +76,22 @@ def test_wrong_questions_are_refused(arguments, message, tiny_model):
     module, _ = trained(model, steps=1)
     with pytest.raises(ValueError, match=message):
         explain_attention(module, model, TEXT, **arguments)
+
+
+def test_a_pair_that_writes_at_other_keys_only_is_marked(setup):
+    model, module, _ = setup
+    found = explain_attention(module, model, TEXT, head=1)
+    written = found.written[[pair.feature for pair in found.pairs], found.key]
+    assert [pair.by_centring for pair in found.pairs] == (written == 0).tolist()
+    assert ("by centring" in found.table(99)) == any(pair.by_centring for pair in found.pairs)
+
+
+def test_the_control_deletes_as_many_others(setup):
+    model, module, _ = setup
+    found = explain_attention(module, model, TEXT, head=1)
+    deleted = [found.pairs[0].feature]
+    others = _others(found, deleted)
+    assert others is not None
+    assert len(others) == 1
+    assert not set(others) & set(deleted)
+    assert _others(found, [pair.feature for pair in found.pairs]) is None

@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from crosshead.analysis import qk_patching
 from crosshead.analysis.attention_metrics import evaluate as evaluate_any
 from crosshead.analysis.evaluation import EvaluationConfig
 from crosshead.analysis.qk_metrics import evaluate
@@ -138,3 +139,14 @@ def test_the_full_svd_is_the_form_itself(setup):
 def test_nothing_held_out_is_refused(setup):
     with pytest.raises(ValueError, match="no held-out positions"):
         evaluate(setup[1], [], CONFIG)
+
+
+def test_a_cost_that_is_noise_recovers_nothing():
+    assert qk_patching._recovered(1.0, 0.9995, 1.006) is None
+    assert qk_patching._recovered(1.0, 1.01, 1.05) == pytest.approx(0.8)
+
+
+def test_the_svd_s_pair_l0_counts_the_mean_query(setup):
+    module, heldout = setup[1], setup[-1]
+    found = {r.name: r.l0 for r in measure_references(module, heldout, heldout)}
+    assert found["svd/4"] == 5

@@ -134,6 +134,7 @@ def test_triples_are_listed_with_their_controls_and_the_same_every_time(tiny_mod
     found = find_skip_trigrams(*arguments, heads=3, events=2)
     assert found == find_skip_trigrams(*arguments, heads=3, events=2)
     assert found["n_heads"] == len(found["triples"]) == 3
+    assert found["chance"] == 1 / (1 + min(row["n_other_pairs"] for row in found["triples"]))
     for row in found["triples"]:
         assert row["n_train_contexts"] >= 2
         assert row["n_events"] == 2
@@ -143,6 +144,8 @@ def test_triples_are_listed_with_their_controls_and_the_same_every_time(tiny_mod
 
 
 def test_partners_are_the_next_that_differ():
+    assert skip_trigrams._others([3, 4, 3, 5, 4], 0, 9) == [1, 3]
+    assert skip_trigrams._others([3, 4, 3, 5, 4], 3, 1) == [4]
     assert [skip_trigrams._next_different([3, 3, 5, 3], i) for i in range(4)] == [2, 2, 3, 2]
     assert skip_trigrams._next_different([4, 4], 0) is None
 
@@ -163,6 +166,8 @@ def test_the_head_that_promotes_a_token_is_told_from_the_others(tiny_model):
     assert first.own == pytest.approx(float(fall.max()), rel=1e-4)
     assert first.controls["head"] == pytest.approx(0.0, abs=1e-5)
     assert first.controls["token"] == pytest.approx(float(fall[20]), rel=1e-3, abs=1e-5)
-    at_second = skip_trigrams._fall(module, model, reader(model, tokens), triples[1].heldout[0], [1])[0]
-    assert first.controls["pair"] == pytest.approx(float(at_second[promoted[0][0]]), rel=1e-3, abs=1e-5)
+    others = [skip_trigrams._fall(module, model, reader(model, tokens), triple.heldout[0], [1])[0][promoted[0][0]]
+              for triple in triples[1:]]  # fmt: skip
+    assert first.controls["pair"] == pytest.approx(max(map(float, others)), rel=1e-3, abs=1e-5)
+    assert first.n_other_pairs == 2
     assert second.own == pytest.approx(0.0, abs=1e-5)

@@ -5,6 +5,7 @@ import torch
 from torch.testing import assert_close
 
 from crosshead.activations.capture import attention_specs, capture, rotary_tables
+from crosshead.analysis import replacement_metrics
 from crosshead.analysis.attention_metrics import evaluate
 from crosshead.analysis.evaluation import EvaluationConfig
 from crosshead.analysis.replacement_metrics import effective_ranks
@@ -81,3 +82,8 @@ def test_a_layer_that_gives_the_base_layers_output_recovers_its_cross_entropy(ti
     assert evaluate(module, [batch], config, model=model).ce_recovered == pytest.approx(1.0, abs=1e-3)
     assert poor.ce_recovered != pytest.approx(1.0, abs=1e-3)
     assert evaluate(module, [batch], config).splicing is None
+
+
+def test_arguments_that_it_does_not_have_are_refused():
+    with pytest.raises(TypeError, match="modle"):
+        replacement_metrics.evaluate(None, [], EvaluationConfig(), modle=None)  # pyright: ignore

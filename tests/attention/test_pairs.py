@@ -76,3 +76,12 @@ def test_codes_and_kernels_that_do_not_fit_are_refused():
         pair_scores(query, key, coefficients, basis, 6)
     with pytest.raises(ValueError, match="knows 5 distances, the context has 7"):
         pair_scores(query, key, coefficients, basis[:5], T)
+
+
+def test_dense_scores_keep_no_product_per_basis_function():
+    query, key, coefficients, basis = some(T)
+    query.values.requires_grad_()
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
+        pair_scores(query, key, coefficients.requires_grad_(), basis, T, DENSE)
+    assert sum(x.shape == (B, T, C) for x in kept) <= 2 * G

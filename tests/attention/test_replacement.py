@@ -8,6 +8,7 @@ from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from crosshead.activations.capture import attention_specs, capture, rotary_tables
+from crosshead.attention import wide
 from crosshead.attention.registry import load_attention_model
 from crosshead.attention.replacement import Config, Module
 from crosshead.dictionaries.base import Batch, ModelDims, Site
@@ -373,3 +374,25 @@ def test_a_head_wider_than_the_base_layers_cannot_copy_it():
     module.use_attention_(SPEC.model_copy(update={"head_dim": 2}), None)
     with pytest.raises(ValueError, match="head_dim=4 exceeds the base layer's 2"):
         module.start_([random_batch(0)], {}, torch.Generator())
+
+
+@pytest.mark.parametrize(("features", "head_dim", "where", "what"), [(4, 6, 1.0, 1.0), (24, 2, 3**0.5, 0.5)])
+def test_steps_are_as_large_for_many_narrow_heads_as_for_few_wide_ones(features, head_dim, where, what):
+    config = Config.model_validate({"layers": [LAYER], "features": features, "head_dim": head_dim})
+    module = Module(config, DIMS)
+    multipliers = {id(p): group.multiplier for group in module.parameter_groups() for p in group.parameters}
+    assert multipliers[id(module.query)] == multipliers[id(module.key)] == pytest.approx(where)
+    for term in (module.query_bias, module.key_bias, module.bos_key):
+        assert multipliers[id(term)] == pytest.approx(where * config.terms_multiplier)
+    assert multipliers[id(module.out)] == pytest.approx(what)
+    assert multipliers[id(module.value)] == 1.0
+    assert multipliers[id(module.bos_score)] == config.terms_multiplier
+
+
+def test_attention_kernels_see_one_aligned_width(monkeypatch):
+    seen, own = [], wide.scaled_dot_product_attention
+    monkeypatch.setattr(wide, "scaled_dot_product_attention", lambda *a, **k: seen.extend(a) or own(*a, **k))
+    q, k, v = (torch.randn(2, 4, 7, w) for w in (5, 5, 3))
+    z = wide.attend(q, k, v, torch.ones(2, 7, dtype=torch.bool), scale=0.5).z_BGTW
+    assert {x.shape[-1] for x in seen} == {8}
+    assert_close(z, wide.patterns(q, k, None, 0.5) @ v)

@@ -11,9 +11,10 @@ Both sides know the trained weights. Sent are, per position,
     positions     which keys each pattern names: -log2 p or -log2 (1 - p) for every key, p per pattern and octave of
                   distance from training contexts; where values stand at keys, with which weight (a geometric law)
 
-delta is the largest step, in half octaves, that raises the squared error by no more than ``tolerance``; eta, by whose
-half a key is named, likewise. So the figures of a replacement layer, a transcoder and a sparse autoencoder mean their
-own reconstruction at one relative precision, and bits are those of a code that could be written.
+delta is the largest step, in half octaves, that raises the squared error on training contexts by no more than
+``tolerance``; eta, by whose half a key is named, likewise.
+So the figures of a replacement layer, a transcoder and a sparse autoencoder mean their own reconstruction at one
+relative precision, and bits are those of a code that could be written.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -65,7 +66,7 @@ class DescriptionLength(BaseModel):
     keys_named: float
     """Keys named, per position, the first token's among them."""
     step: float
-    """delta, over the root mean square of the target."""
+    """delta, over the root mean square of the target on training contexts."""
     least_weight: float | None
     """eta; None without positions."""
     normalised_mse: float
@@ -74,7 +75,7 @@ class DescriptionLength(BaseModel):
     """After both quantisations."""
     n_tokens: int
     precision_reached: bool
-    """Whether both steps kept within the tolerance."""
+    """Whether both steps kept within the tolerance, on training contexts."""
 
 
 class _Batch(NamedTuple):
@@ -88,18 +89,20 @@ def describe(
 ) -> DescriptionLength:
     """Bits per position of a model's activations and attended positions. ValueError for an architecture without a code.
 
-    Batches hold the sites that the module reads. Frequencies are fitted on ``train``, bits counted on ``heldout``.
+    Batches hold the sites that the module reads. Steps and frequencies are fitted on ``train``, bits are
+    counted on ``heldout``.
     """
     coding = coded(module)
     splits = [[_Batch(b, coding.coordinates(b)) for b in batches] for batches in (train, heldout)]
-    variance = sum(float(coding.target(b)[b.mask].double().square().sum()) for b, _ in splits[1])
+    variance = _variance(coding, splits[1])
     plain = _error(coding, splits[1], lambda c: c, None)
-    size = (variance / sum(int(b.mask.sum()) for b, _ in splits[1])) ** 0.5
-    limit = (1 + config.tolerance) * plain
-    step, reached = _largest(size, lambda delta: _error(coding, splits[1], _rounder(delta), None), limit)
+    # The first step tried, too, comes from training contexts: a grid by held-out size would have seen what is sent.
+    size = (_variance(coding, splits[0]) / sum(b.n_counted for b, _ in splits[0])) ** 0.5
+    limit = (1 + config.tolerance) * _error(coding, splits[0], lambda c: c, None)
+    step, reached = _largest(size, lambda delta: _error(coding, splits[0], _rounder(delta), None), limit)
     least, named_well = None, True
     if coding.has_positions:
-        least, named_well = _largest(1.0, lambda eta: _error(coding, splits[1], lambda c: c, eta), limit)
+        least, named_well = _largest(1.0, lambda eta: _error(coding, splits[0], lambda c: c, eta), limit)
     sent = _error(coding, splits[1], _rounder(step), least)
     levels = [torch.cat([_levels(c, step)[b.mask.flatten()] for b, c in split]) for split in splits]
     which, values, shuffled = _activation_bits(*levels)
@@ -132,6 +135,10 @@ def _rounder(delta: float) -> Callable[[Tensor], Tensor]:
 
 def _levels(coordinates: Tensor, delta: float) -> Int[Tensor, "N U W"]:
     return (coordinates / delta).round().to(torch.int32)
+
+
+def _variance(coding: Coded, split: Iterable[_Batch]) -> float:
+    return sum(float(coding.target(b)[b.mask].double().square().sum()) for b, _ in split)
 
 
 def _error(coding: Coded, split: Iterable[_Batch], change: Callable[[Tensor], Tensor], least: float | None) -> float:

@@ -87,6 +87,8 @@ def explained_decision(module: Module, model: LanguageModel, decision: Decision,
     deleted = [pair.feature for pair in best.pairs[:top] if pair.contribution > 0]
     after, logits = deleted_pattern(module, model, best, deleted)
     paper = best.predicted_after(module, deleted)
+    others = _others(best, deleted)
+    control = None if others is None else deleted_pattern(module, model, best, others)[0]
     return {
         "text": decision.text,
         "head": best.head,
@@ -100,16 +102,24 @@ def explained_decision(module: Module, model: LanguageModel, decision: Decision,
         "predicted": best.predicted,
         "base": best.base,
         "error": best.error,
-        "pairs": [pair._asdict() for pair in best.pairs[:top]],
+        "pairs": [pair._asdict() | {"by_centring": pair.by_centring} for pair in best.pairs[:top]],
         "rest": sum(pair.contribution for pair in best.pairs[top:]),
         "n_pairs": len(best.pairs),
         "deleted": deleted,
         "attention_after": float(after[best.key]),
         "attention_after_predicted": float(paper[best.key]),
         "deletion_difference": float((after - paper).abs().max()),
+        "attention_after_others": None if control is None else float(control[best.key]),
         "next_token": _top_token(model, best, logits),
         "strongest_keys": _strongest(best),
     }
+
+
+def _others(explanation: Explanation, deleted: list[int]) -> list[int] | None:
+    """As many other features that write for the query, at random; None where there are not so many."""
+    rest = sorted({pair.feature for pair in explanation.pairs} - set(deleted))
+    order = torch.randperm(len(rest), generator=torch.Generator().manual_seed(0)).tolist()
+    return [rest[i] for i in order[: len(deleted)]] if len(rest) >= len(deleted) else None
 
 
 def _top_token(model: LanguageModel, explanation: Explanation, logits: torch.Tensor) -> str:

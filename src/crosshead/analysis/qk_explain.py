@@ -34,6 +34,11 @@ class FeaturePair(NamedTuple):
     query_activation: float
     key_activation: float
 
+    @property
+    def by_centring(self) -> bool:
+        """Whether it writes at other keys only."""
+        return self.key_activation == 0
+
 
 @dataclass(frozen=True)
 class Explanation:
@@ -52,7 +57,11 @@ class Explanation:
     error: float
     """score - predicted."""
     pairs: list[FeaturePair]
-    """Features active on both sides, largest contribution first; with ``base`` they sum to ``predicted``."""
+    """Features that write at any key of the query, largest contribution first; with ``base`` they sum to ``predicted``.
+
+    One that is not active at the key that is explained contributes by centring: it raises other keys less, or lowers
+    them.
+    """
     written: Float[Tensor, "F T"]
     """What every feature writes into the query's scores, the beginning-of-text key's (0) included; not centred."""
     scores: Float[Tensor, " T"]
@@ -75,8 +84,10 @@ class Explanation:
         head += f"{self.tokens[self.key]!r} (position {self.key}) with {float(self.pattern[self.key]):.1%}"
         lines = [head, f"centred score {self.score:+.2f} = features {self.predicted - self.base:+.2f} + base "
                        f"{self.base:+.2f} + error {self.error:+.2f}"]  # fmt: skip
-        lines += [f"  feature {pair.feature:5d}  {pair.contribution:+.3f}  (query {pair.query_activation:.2f}, key "
-                  f"{pair.key_activation:.2f})" for pair in self.pairs[:top]]  # fmt: skip
+        for pair in self.pairs[:top]:
+            sides = f"query {pair.query_activation:.2f}, key {pair.key_activation:.2f}"
+            how = ", by centring" if pair.by_centring else ""
+            lines.append(f"  feature {pair.feature:5d}  {pair.contribution:+.3f}  ({sides}{how})")
         return "\n".join(lines)
 
 

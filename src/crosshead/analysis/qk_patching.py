@@ -23,6 +23,9 @@ from crosshead.dictionaries.base import Batch
 __all__ = ["Patching", "patch_scores"]
 
 
+_LEAST_COST = 0.02
+
+
 class Patching(BaseModel):
     """Next-token cross-entropies (nats, mean over predicted tokens) and what they say."""
 
@@ -35,7 +38,8 @@ class Patching(BaseModel):
     kl: float
     """KL(clean || patched) of the next-token distributions."""
     ce_recovered: float | None
-    """(mean score - patched) / (mean score - clean); None where the mean score costs less than 1e-3 nats."""
+    """(mean score - patched) / (mean score - clean); None where the mean score costs less than 0.02 nats: of a few
+    hundred tokens such a difference is noise."""
 
 
 @torch.no_grad()
@@ -65,7 +69,6 @@ def patch_scores(
     if not n_tokens:
         raise ValueError("no held-out positions to patch; raise evaluation.splice_contexts")
     means_of = {name: total / n_tokens for name, total in totals.items()}
-    cost = means_of["mean"] - means_of["clean"]
     return Patching(
         n_tokens=n_tokens,
         ce_clean=means_of["clean"],
@@ -73,8 +76,13 @@ def patch_scores(
         ce_mean_score=means_of["mean"],
         delta_ce=means_of["patched"] - means_of["clean"],
         kl=means_of["kl"],
-        ce_recovered=None if abs(cost) < 1e-3 else (means_of["mean"] - means_of["patched"]) / cost,
+        ce_recovered=_recovered(means_of["clean"], means_of["patched"], means_of["mean"]),
     )
+
+
+def _recovered(clean: float, patched: float, mean_score: float) -> float | None:
+    cost = mean_score - clean
+    return None if abs(cost) < _LEAST_COST else (mean_score - patched) / cost
 
 
 def _log_probabilities(

@@ -4,9 +4,10 @@ Shape legend: B contexts, T positions, E head width, F planted features.
 
     q_t = sum_i u_i(t) a_i + noise,    k_s = sum_i v_i(s) b_i + noise
 
-u and v are sparse and positive. Without rotation a_i = b_i are orthonormal, so that scores are sum_i u_i(t) v_i(s)
-exactly. With rotation every feature has a frequency's plane of its own, a_i and b_i are turned against one another in
-it, and scores are sum_i u_i(t) v_i(s) cos(w_i (t - s) + phi_i): planes do not mix under rotation (design choice).
+u and v are sparse and positive. Without rotation a_i are orthonormal and b_i = a_i or, for every other feature, -a_i:
+scores are sum_i +-u_i(t) v_i(s). With rotation every feature has a frequency's plane of its own, a_i and b_i are turned
+against one another in it, and scores are sum_i u_i(t) v_i(s) cos(w_i (t - s) + phi_i): planes do not mix under rotation
+(design choice).
 
 A planted feature counts as recovered when one learned feature correlates with its u and with its v, each by at least
 0.9, on contexts not trained on.
@@ -81,7 +82,7 @@ class PlantedQK:
         u, v = (_activations(shape, config.active / n_features, generator) for _ in range(2))
         if tables is None:
             a = torch.linalg.qr(torch.randn(width, n_features, generator=own))[0].T
-            b = a
+            b = a * torch.where(torch.arange(n_features) % 2 == 1, -1.0, 1.0)[:, None]
         else:
             # Coordinate i pairs with i + F: one plane per feature.
             angle = torch.rand(2, n_features, generator=own) * 2 * torch.pi

@@ -3,7 +3,7 @@
 Shape legend: G heads, E head width, D distances, R rank.
 
 - ``svd/R``: the head's form on rotated queries and keys, truncated to R dimensions of its data-weighted singular value
-  decomposition: dense rank-1 features, R of them active on every pair.
+  decomposition: dense rank-1 features, R of them active on every pair, and one for the mean query.
 - ``svd-content/R``: the same on un-rotated ones, under the mean rotation: what content alone can say.
 - ``coordinates/R``: the R strongest of the E coordinates, as signed features (query and key each split by sign, so that
   at most one feature of a coordinate is active on a pair); exact at pair L0 = E.
@@ -103,7 +103,7 @@ def _predictors(module: Module, train: Sequence[Batch]) -> Iterator[tuple[str, f
     for name, unrotated, own_form in (("svd", False, eye), ("svd-content", True, form)):
         fitted = _Forms(module, train, own_form, unrotated)
         for rank in (r for r in _RANKS if r <= width):
-            yield f"{name}/{rank}", float(rank), lambda batch, fitted=fitted, rank=rank: fitted.scores(batch, rank)
+            yield f"{name}/{rank}", rank + 1.0, lambda batch, fitted=fitted, rank=rank: fitted.scores(batch, rank)
     coordinates = _Coordinates(module, train)
     for rank in sorted({r for r in (*_RANKS, width) if r <= width}):
         yield f"coordinates/{rank}", float(rank), lambda batch, rank=rank: coordinates.scores(batch, rank)

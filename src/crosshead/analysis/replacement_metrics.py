@@ -85,7 +85,6 @@ def evaluate(
     *,
     train: Sequence[Batch] = (),
     model: LanguageModel | None = None,
-    **_: Any,
 ) -> ReplacementEvaluation:
     """Evaluate a replacement layer in eval mode; with the base model, on its first contexts also spliced into it.
 

@@ -22,9 +22,9 @@ class ReplacementsConfig(BaseModel):
     codes_of: tuple[str, ...]
     """Runs whose description length is measured: replacement layers under attention_runs, multitoken transcoders and
     attention output SAEs under runs."""
-    trigram_heads: Number = 8
+    trigram_heads: Number = 10
     """Heads whose strongest pair of tokens is checked by intervention."""
-    trigram_events: Number = 2
+    trigram_events: Number = 8
     """Places of each pair, on training and on held-out contexts, at which what the head writes is removed."""
     trigram_train_contexts: Number = 24
     """Training contexts that pairs are looked for in."""

@@ -9,9 +9,9 @@ Shape legend: B contexts, T positions, n heads looked at, D = d_model, V tokens 
    pair's strongest training moves; the token whose logit falls most, against the mean over the vocabulary, is it.
 3. Check on held-out contexts, at places that are named by the two tokens alone: the same removal, the same token.
    Controls: removing what the next head of the list writes there (permuted heads); the fall of the next triple's token
-   (permuted tokens); the same head and token at the next triple's places (permuted pairs: a head that promotes its
-   token everywhere is no skip trigram). A triple is confirmed where its logit falls by more than all three; if the
-   four were alike, that would be one in four.
+   (permuted tokens); the same head and token at the places of up to 9 other triples (permuted pairs). A triple is
+   confirmed where its logit falls by more than in all of them. The token was chosen as this head's own, so a head that
+   promotes it everywhere beats the first two: chance counts places only, one in as many as were compared.
 """
 
 from collections import defaultdict
@@ -28,14 +28,13 @@ from crosshead.attention import wide
 from crosshead.attention.replacement import Module
 from crosshead.dictionaries.base import Batch
 
-__all__ = ["CHANCE", "Reader", "find_skip_trigrams"]
+__all__ = ["Reader", "find_skip_trigrams"]
 
 Reader = Callable[[Sequence[int]], Batch]
 """Reads contexts of one split, by number, at the sites that the module reads."""
 
-CHANCE = 1 / 4
-"""Share of triples that are confirmed when head, token and pair have nothing to do with one another."""
-
+_OTHER_PAIRS = 9
+"""Other triples at whose places a head is looked at."""
 _STRONGEST = 512
 """Moves of a head that are kept of every batch."""
 _PRESELECTED = 8
@@ -80,7 +79,8 @@ def find_skip_trigrams(
         fall = torch.stack([_fall(module, model, train[0], place, [triple.head])[0] for place in triple.train]).mean(0)
         promoted.append((int(fall.argmax()), float(fall.max())))
     rows = [_row(module, model, heldout[0], found) for found in _checked(module, model, heldout[0], triples, promoted)]
-    return {"n_heads": len(rows), "n_confirmed": sum(row["confirmed"] for row in rows), "chance": CHANCE,
+    chance = 1 / (1 + min((row["n_other_pairs"] for row in rows), default=0))
+    return {"n_heads": len(rows), "n_confirmed": sum(row["confirmed"] for row in rows), "chance": chance,
             "triples": rows}  # fmt: skip
 
 
@@ -93,7 +93,8 @@ class _Checked(NamedTuple):
     """Of the token, at the places where it was chosen."""
     own: float
     controls: dict[str, float | None]
-    """None where the list has no other head, token or pair."""
+    """None where the list has no other head, token or pair; of pairs the largest fall."""
+    n_other_pairs: int
 
 
 def _checked(
@@ -103,13 +104,13 @@ def _checked(
     tokens = [token for token, _ in promoted]
     other_head = [_next_different([t.head for t in triples], i) for i in range(len(triples))]
     other_token = [_next_different(tokens, i) for i in range(len(triples))]
-    other_pair = [_next_different([(t.query, t.key) for t in triples], i) for i in range(len(triples))]
+    other_pairs = [_others([(t.query, t.key) for t in triples], i, _OTHER_PAIRS) for i in range(len(triples))]
     # Every place is run once, with all removals that are asked for there.
     removed = [{triple.head} for triple in triples]
-    for i, (head, pair) in enumerate(zip(other_head, other_pair, strict=True)):
+    for i, (head, pairs) in enumerate(zip(other_head, other_pairs, strict=True)):
         if head is not None:
             removed[i].add(triples[head].head)
-        if pair is not None:
+        for pair in pairs:
             removed[pair].add(triples[i].head)
     falls = []
     for triple, heads in zip(triples, removed, strict=True):
@@ -118,13 +119,14 @@ def _checked(
         falls.append(dict(zip(listed, torch.stack(places).mean(0), strict=True)))
     found = []
     for i, triple in enumerate(triples):
-        head, token, pair = other_head[i], other_token[i], other_pair[i]
+        head, token, pairs = other_head[i], other_token[i], other_pairs[i]
         controls = {
             "head": None if head is None else float(falls[i][triples[head].head][tokens[i]]),
             "token": None if token is None else float(falls[i][triple.head][tokens[token]]),
-            "pair": None if pair is None else float(falls[pair][triple.head][tokens[i]]),
+            "pair": max((float(falls[pair][triple.head][tokens[i]]) for pair in pairs), default=None),
         }
-        found.append(_Checked(triple, tokens[i], promoted[i][1], float(falls[i][triple.head][tokens[i]]), controls))
+        found.append(_Checked(triple, tokens[i], promoted[i][1], float(falls[i][triple.head][tokens[i]]), controls,
+                              len(pairs)))  # fmt: skip
     return found
 
 
@@ -141,6 +143,7 @@ def _row(module: Module, model: LanguageModel, reader: Reader, found: _Checked) 
         "head": triple.head, "query": _text(model, triple.query), "key": _text(model, triple.key),
         "token": _text(model, found.token), "n_train_contexts": triple.n_contexts,
         "n_train_events": len(triple.train), "n_events": len(triple.heldout),
+        "n_other_pairs": found.n_other_pairs,
         **{name: None if value is None else round(value, 6) for name, value in figures.items()},
         "confirmed": len(against) == len(controls) and found.own > max(0.0, *against),
     }  # fmt: skip
@@ -285,6 +288,15 @@ def _next_different(values: Sequence[Any], i: int) -> int | None:
     """The next number, around the end, whose value is another than that of ``i``; None where all are equal."""
     turned = [*range(i + 1, len(values)), *range(i)]
     return next((j for j in turned if values[j] != values[i]), None)
+
+
+def _others(values: Sequence[Any], i: int, count: int) -> list[int]:
+    """The next numbers, around the end, whose values differ from that of ``i`` and from one another."""
+    found: dict[Any, int] = {}
+    for j in (*range(i + 1, len(values)), *range(i)):
+        if values[j] != values[i]:
+            found.setdefault(values[j], j)
+    return list(found.values())[:count]
 
 
 def _text(model: LanguageModel, token: int) -> str:

@@ -16,6 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
 
 from crosshead.maths.codes import SparseCodes
 from crosshead.maths.engine import Engine
@@ -66,12 +67,20 @@ def _dense_scores(
     distance = (place[:, None] - place).clamp(min=0) if len(basis) > 1 else torch.zeros_like(place[:, None] - place)
     per_head = []
     for g in range(coefficients.shape[1]):
-        scores = u_BTC.new_zeros(len(u_BTC), n_positions, n_positions)
-        for q in range(coefficients.shape[2]):
-            product = (u_BTC * coefficients[:, g, q]) @ v_BTC.transpose(1, 2)
-            scores = scores + product * basis[distance, q]
-        per_head.append(scores.tril())
+        arguments = (u_BTC, v_BTC, coefficients[:, g], basis, distance)
+        # Computed again in the backward pass: a [B, T, C] of every basis function would have to be kept.
+        per_head.append(checkpoint(_head_scores, *arguments, use_reentrant=False, preserve_rng_state=False)
+                        if torch.is_grad_enabled() else _head_scores(*arguments))  # fmt: skip
     return torch.stack(per_head, dim=1)
+
+
+def _head_scores(
+    u_BTC: Tensor, v_BTC: Tensor, coefficients_CQ: Tensor, basis: Tensor, distance: Tensor
+) -> Float[Tensor, "B T T"]:
+    scores = u_BTC.new_zeros(len(u_BTC), len(distance), len(distance))
+    for q in range(coefficients_CQ.shape[1]):
+        scores = scores + ((u_BTC * coefficients_CQ[:, q]) @ v_BTC.transpose(1, 2)) * basis[distance, q]
+    return scores.tril()
 
 
 class _PairScores(torch.autograd.Function):

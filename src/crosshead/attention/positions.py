@@ -100,7 +100,7 @@ class Positions(nn.Module):
         n_positions = x.shape[-2]
         return self.cos[:n_positions].to(x), self.sin[:n_positions].to(x)
 
-    def pairs_of_coordinates(self, width: int) -> tuple[Tensor, Tensor]:
+    def pairs_of_coordinates(self) -> tuple[Tensor, Tensor]:
         """First and second coordinate of every frequency's plane."""
         n_rotated = self.cos.shape[-1]
         first = torch.arange(n_rotated // 2, device=self.cos.device)
@@ -117,7 +117,7 @@ class Positions(nn.Module):
             basis = self.numbers.new_zeros(1, 2 * n_frequencies + 1)
             basis[:, -1] = 1.0
             return basis.float()
-        first = self.pairs_of_coordinates(width)[0]
+        first = self.pairs_of_coordinates()[0]
         cos, sin = self.cos[:, first].double(), self.sin[:, first].double()
         size = (cos**2 + sin**2).sqrt()
         basis = self.cos.new_zeros(len(self.cos), 2 * n_frequencies + 1)
@@ -137,7 +137,7 @@ class Positions(nn.Module):
         if not self.rotates:
             coefficients[:, -1] = (a * b).sum(-1)
             return coefficients
-        x, y = self.pairs_of_coordinates(width)
+        x, y = self.pairs_of_coordinates()
         a_x, a_y, b_x, b_y = a[:, x], a[:, y], b[:, x], b[:, y]
         size = (self.cos[0, x] ** 2 + self.sin[0, x] ** 2).to(a)
         coefficients[:, : len(x)] = (a_x * b_x + a_y * b_y) * size

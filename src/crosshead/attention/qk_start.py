@@ -4,10 +4,12 @@ Shape legend: n counted rows, X encoder width, E head width, G heads, F features
 
 1. Means and scales from counted positions; per head the size of centred scores.
 2. The head's form q' M k (centred q', k') in coordinates in which it is a plain product and both sides have the same
-   diagonal covariance: the data-weighted singular value decomposition. M is the identity, or for content features the
-   mean rotation over the distances of a context.
-3. A feature's direction is a random training row, of queries or of keys, in those coordinates, the same for both sides
-   or opposite: relu features of one direction on both sides make up a product (Cho and Saul 2009, arc-cosine kernels).
+   diagonal covariance: the data-weighted singular value decomposition. M is the identity for rotated features, the
+   mean rotation over the distances of a context for content features, and for features with a kernel of distance the
+   rotations at a few drawn distances together: a plane that says nothing at one says something at another.
+3. A feature's two directions are the query and the key of a training pair, drawn by its squared centred score of either
+   sign, each weighed as those coordinates weigh it. Relu features cannot change the sign of a side in training, so
+   sides that are derived from one another by M start wrong wherever a plane subtracts.
 4. With a rank above 1, a feature's maps are the singular vectors of the form weighted by the rows where it is active.
 5. Kernels from what a feature's activations say of queries and keys (one regression per channel and side).
 6. Strengths, signed, by least squares on the centred scores of some queries.
@@ -33,10 +35,18 @@ if TYPE_CHECKING:
 
 __all__ = ["balanced_coordinates", "mean_rotation", "start_"]
 
-_OPPOSITE = 0.25
-"""Share of features whose two sides point in opposite directions."""
+_DISTANCES = 8
+"""Distances whose rotations say together how much a direction of queries or keys matters to features with a kernel."""
 _RIDGE = 1e-2
 _CHUNK = 512
+
+
+class _Drawn(NamedTuple):
+    """What every feature starts from: a head, and a query and a key of its rows."""
+
+    head: Int[Tensor, " F"]
+    query: Int[Tensor, " F"]
+    key: Int[Tensor, " F"]
 
 
 class _Rows(NamedTuple):
@@ -53,12 +63,13 @@ class _Rows(NamedTuple):
 def start_(module: "Module", batches: Sequence[Batch], generator: torch.Generator) -> None:
     """Set units, encoders, maps, kernels and strengths. ValueError when no position counts."""
     rows = _start_units_(module, batches)
-    own_head = torch.arange(module.config.features, device=rows.q.device) % len(module.heads)
-    _start_encoders_(module, rows, own_head, generator)
+    drawn = _draw_pairs(module, batches, generator)
+    forms = _forms(module, generator)
+    _start_encoders_(module, rows, drawn, forms)
     codes = _codes(module, rows)
     if module.config.rank > 1:
-        _start_maps_(module, rows, own_head, codes)
-    _start_kernels_(module, rows, own_head, codes)
+        _start_maps_(module, rows, drawn.head, codes)
+    _start_kernels_(module, rows, drawn.head, codes)
     module.fix_gauge_()
     _start_strengths_(module, batches, generator)
 
@@ -108,15 +119,59 @@ def _start_scores_(module: "Module", batches: Sequence[Batch]) -> None:
 # ---- directions ----
 
 
-def mean_rotation(module: "Module", n_positions: int) -> Float[Tensor, "E E"]:
-    """The matrix of q' M k that the rotation is in the mean over all pairs of a context's positions."""
+def rotations(module: "Module", n_positions: int) -> Float[Tensor, "D E E"]:
+    """The matrix of q' M k that the rotation is, for un-rotated q and k, at every distance; one where nothing turns."""
     width = module.dims.head_dim
     eye = torch.eye(width, device=module.heads.device)
     if not module.positions.rotates:
-        return eye
-    turned = module.positions.rotated(eye[:, None].expand(width, n_positions, width))
-    weight = torch.arange(n_positions, 0, -1, device=eye.device).float()
-    return torch.einsum("edf,d->ef", turned, weight / weight.sum())
+        return eye[None]
+    return module.positions.rotated(eye[:, None].expand(width, n_positions, width)).transpose(0, 1)
+
+
+def mean_rotation(module: "Module", n_positions: int) -> Float[Tensor, "E E"]:
+    """The same in the mean over all pairs of a context's positions."""
+    turned = rotations(module, n_positions)
+    weight = torch.arange(len(turned), 0, -1, device=turned.device).float()
+    return torch.einsum("def,d->ef", turned, weight / weight.sum())
+
+
+def _forms(module: "Module", generator: torch.Generator) -> Float[Tensor, "M E E"]:
+    """The matrices M that directions are weighed by; rotations are drawn as often as pairs lie that far apart."""
+    position, n_positions = module.config.position, len(module.positions.cos)
+    if position == "content":
+        return mean_rotation(module, n_positions)[None]
+    if position == "rotated" or not module.positions.rotates:
+        return torch.eye(module.dims.head_dim, device=module.heads.device)[None]
+    weight = torch.arange(n_positions, 0, -1).float()
+    drawn = torch.multinomial(weight, min(_DISTANCES, n_positions), generator=generator)
+    return rotations(module, n_positions)[drawn.to(module.heads.device)]
+
+
+def _draw_pairs(module: "Module", batches: Sequence[Batch], generator: torch.Generator) -> _Drawn:
+    """Heads in turn; of the head's pairs one each, by its squared centred score."""
+    from crosshead.attention.qk_diagonal import centred
+
+    n_features = module.config.features
+    head = torch.arange(n_features) % len(module.heads)
+    of_batch = torch.randint(len(batches), (n_features,), generator=generator)
+    query, key, first = torch.zeros_like(head), torch.zeros_like(head), 0
+    for i, batch in enumerate(batches):
+        mask, allowed = batch.mask.cpu(), module.positions.allowed(batch.mask)
+        true = module.true_scores(batch)
+        if module.config.base == "mean":
+            true = true - module.base_scores(batch)
+        size = centred(true, allowed).square().cpu()
+        row = first + (mask.flatten().cumsum(0) - 1).view_as(mask)
+        for g in range(len(module.heads)):
+            mine = torch.nonzero((of_batch == i) & (head == g)).flatten()
+            weight = size[:, g].flatten()
+            if not len(mine) or not float(weight.sum()):
+                continue
+            place = torch.multinomial(weight, len(mine), replacement=True, generator=generator)
+            context, t, s = (x for x in torch.unravel_index(place, size[:, g].shape))
+            query[mine], key[mine] = row[context, t], row[context, s]
+        first += int(mask.sum())
+    return _Drawn(*(x.to(module.heads.device) for x in (head, query, key)))
 
 
 def balanced_coordinates(
@@ -152,24 +207,15 @@ def _reading(module: "Module", rows: _Rows, g: int) -> tuple[Float[Tensor, "Xq E
     return maps[0], maps[1]
 
 
-def _start_encoders_(module: "Module", rows: _Rows, own_head: Int[Tensor, " F"], generator: torch.Generator) -> None:
-    n_positions = len(module.positions.cos) if module.positions.rotates else 1
-    form = mean_rotation(module, n_positions) if module.config.position == "content" else None
-    eye = torch.eye(module.dims.head_dim, device=rows.q.device)
-    n_features = module.config.features
-    chosen = torch.randint(len(rows.q), (n_features,), generator=generator).to(rows.q.device)
-    from_keys = (torch.rand(n_features, generator=generator) < 0.5).to(rows.q.device)
-    opposite = (torch.rand(n_features, generator=generator) < _OPPOSITE).to(rows.q.device)
+def _start_encoders_(module: "Module", rows: _Rows, drawn: _Drawn, forms: Float[Tensor, "M E E"]) -> None:
     for g in range(len(module.heads)):
-        mine = own_head == g
         q, k = rows.q[:, g], rows.k[:, g]
-        to_query, to_key, _ = balanced_coordinates(q, k, eye if form is None else form)
-        drawn = torch.where(from_keys[mine, None], k[chosen[mine]] @ to_key, q[chosen[mine]] @ to_query)
-        direction = functional.normalize(drawn, dim=1)
-        read_q, read_k = _reading(module, rows, g)
-        module.query_encoder.weight[mine] = direction @ (read_q @ to_query).T
-        sign = torch.where(opposite[mine, None], -1.0, 1.0)
-        module.key_encoder.weight[mine] = sign * direction @ (read_k @ to_key).T
+        mine = drawn.head == g
+        found = [balanced_coordinates(q, k, form) for form in forms]
+        sides = ((q, drawn.query, module.query_encoder), (k, drawn.key, module.key_encoder))
+        for side, ((x, chosen, encoder), read) in enumerate(zip(sides, _reading(module, rows, g), strict=True)):
+            maps = torch.cat([both[side] for both in found], 1) * len(found) ** -0.5
+            encoder.weight[mine] = functional.normalize(x[chosen[mine]] @ maps, dim=1) @ (read @ maps).T
     module.query_encoder.start_bias_(rows.x_query)
     module.key_encoder.start_bias_(rows.x_key)
 
@@ -188,9 +234,9 @@ def _codes(module: "Module", rows: _Rows) -> tuple[SparseCodes, SparseCodes]:
 def _start_maps_(
     module: "Module", rows: _Rows, own_head: Int[Tensor, " F"], codes: tuple[SparseCodes, SparseCodes]
 ) -> None:
-    rank, eye = module.config.rank, torch.eye(module.dims.head_dim, device=rows.q.device)
-    form = eye
-    if module.config.position == "content" and module.positions.rotates:
+    rank, width = module.config.rank, module.dims.head_dim
+    form = torch.eye(width, device=rows.q.device)
+    if module.config.position == "content":
         form = mean_rotation(module, len(module.positions.cos))
     orders = [c.by_column for c in codes]
     for g in range(len(module.heads)):
@@ -200,7 +246,7 @@ def _start_maps_(
                     for x, order in zip((rows.q, rows.k), orders, strict=True))  # fmt: skip
             q, k = (own if len(own) > 1 else every[:, g] for own, every in ((q, rows.q), (k, rows.k)))
             to_query, to_key, _ = balanced_coordinates(q, k, form)
-            own = slice(i * rank, i * rank + min(rank, len(eye)))
+            own = slice(i * rank, i * rank + min(rank, width))
             n_own = own.stop - own.start
             module.query_map[own, :-1] = (read_q @ to_query[:, :n_own]).T
             module.key_map[own, :-1] = (read_k @ to_key[:, :n_own]).T

@@ -275,9 +275,28 @@ class Module(LayerUnits):
         groups = []
         if config.gates is not None:
             groups.append(ParameterGroup("gates", [named.pop("gate")], config.gates.multiplier))
-        terms = ("query_bias", "key_bias", "bos_key", "bos_score", "bos_value", "decoder_bias", "phase")
-        groups.append(ParameterGroup("terms", [named.pop(t) for t in terms if t in named], config.terms_multiplier))
+        where, what = self._step_factors
+        parts = (("queries_keys", ("query", "key"), where),
+                ("queries_keys_terms", ("query_bias", "key_bias", "bos_key"), where * config.terms_multiplier),
+                ("terms", ("bos_score", "bos_value", "decoder_bias", "phase"), config.terms_multiplier),
+                ("out", ("out",), what))  # fmt: skip
+        for name, members, multiplier in parts:
+            groups.append(ParameterGroup(name, [named.pop(m) for m in members if m in named], multiplier))
         return [*groups, ParameterGroup("maps", list(named.values()), 1.0)]
+
+    @property
+    def _step_factors(self) -> tuple[float, float]:
+        """Learning rates of queries and keys, and of outputs, so that a step moves as much whatever heads there are.
+
+        1 for as many heads of the base layer's width as it has. Adam moves entries alike: scores, sums of e products
+        over sqrt(e), by sqrt(e); what is written by as much as columns bring together. Combined layers, where few of
+        either are active, are left alone.
+        """
+        config, dims = self.config, self.dims
+        if isinstance(config.variant, Combined):
+            return 1.0, 1.0
+        columns = config.variant.active if isinstance(config.variant, RankOne) else len(self.out)
+        return (dims.head_dim / config.head_dim) ** 0.5, min(1.0, dims.n_heads * dims.head_dim / columns)
 
     @torch.no_grad()
     def start_(self, batches: Sequence[Batch], weights: Mapping[int, LayerWeights], generator: torch.Generator) -> None:

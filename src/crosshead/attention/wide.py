@@ -93,10 +93,9 @@ def _attend(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor, allowed: Tensor | None, scale: float, penalty: Any
 ) -> tuple[Tensor, Tensor | None]:
     if penalty is None:
-        width, columns = max(q.shape[-1], v.shape[-1]), v.shape[-1]
-        q, k, v = (
-            pad(x, (0, width - x.shape[-1])) for x in (q, k, v)
-        )  # only equal widths have a kernel without [T, T]
+        # Only equal widths have a kernel without [T, T], and on a GPU multiples of 8.
+        width, columns = -(-max(q.shape[-1], v.shape[-1]) // 8) * 8, v.shape[-1]
+        q, k, v = (pad(x, (0, width - x.shape[-1])) for x in (q, k, v))
         z = scaled_dot_product_attention(q, k, v, attn_mask=allowed, is_causal=allowed is None, scale=scale)
         return z[..., :columns], None
     pattern = patterns(q, k, allowed, scale)

@@ -38,9 +38,9 @@ _INDUCTION = (
     Column("its query", "example_query"),
 )  # fmt: skip
 _PAIRS = (
-    Column("feature", "feature"), Column("share of the score", "contribution", "{:+.3f}"),
+    Column("feature", "feature"), Column("adds", "contribution", "{:+.3f}"),
     Column("query activation", "query_activation", "{:.2f}"), Column("key activation", "key_activation", "{:.2f}"),
-    Column("deleted below", "deleted"),
+    Column("", "how"), Column("deleted below", "deleted"),
 )  # fmt: skip
 _KEYS = (
     Column("position", "position"), Column("key", "text"), Column("attention", "attention", "{:.1%}"),
@@ -157,7 +157,8 @@ def _side(side: Record) -> str:
 
 def _decision(decision: Record) -> Record:
     deleted = set(decision["deleted"])
-    pairs = [pair | {"deleted": "yes" if pair["feature"] in deleted else ""} for pair in decision["pairs"]]
+    pairs = [pair | {"deleted": "yes" if pair["feature"] in deleted else "",
+                     "how": "by centring" if pair["by_centring"] else ""} for pair in decision["pairs"]]  # fmt: skip
     keys = [key | {"text": quoted(key["token"])} for key in decision["strongest_keys"]]
     texts = {name: quoted(decision[name]) for name in ("text", "query_token", "key_token", "next_token")}
     return decision | texts | {"pairs": markdown_table(_PAIRS, pairs), "keys_table": markdown_table(_KEYS, keys),

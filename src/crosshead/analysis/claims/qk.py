@@ -24,6 +24,8 @@ LOW = 0.05
 STEEP = 0.1
 """The error falls when doubling L0 lowers it by at least 10%."""
 TOP = 10
+INDUCTION = 0.3
+"""Score from which a feature is an induction feature: the one that ``n_induction`` counts by."""
 CLEAR = 0.8
 """Share of the described features that must beat every permuted pair."""
 
@@ -81,7 +83,8 @@ def _insufficient(metrics: Record, records: Sequence[Record]) -> Finding | None:
         f"{_references(at, 'coordinates')}; mean score by distance: {_references(at, 'mean-score')}.",
         verdict=verdict,
         rule=f"Supports when no run of the sweep comes to {LOW:g} or below at a pair L0 below that of the exact coordinate "
-        f"basis, at {SEEDS_TO_DECIDE} seeds or more; contradicts when one of every seed does.",
+        f"basis although the sweep goes to the pair L0 at which the truncated SVD does, at {SEEDS_TO_DECIDE} seeds or more; "
+        "contradicts when one of every seed does.",
         reason=reason,
         picture="qk_frontier.png",
         commands=commands(metrics, "attention", "report"),
@@ -97,6 +100,10 @@ def decide_insufficient(records: Sequence[Record]) -> Decision:
         return Decision("inconclusive", "fewer than four sparsities at a seed")
     reached = [any(r["normalised_mse"] <= LOW and r["l0"] < _exact_l0(r) for r in own) for own in seeds.values()]
     if not any(reached):
+        if any(max(r["l0"] for r in own) < _low_l0(own[0]) for own in seeds.values()):
+            return Decision(
+                "inconclusive", f"the sweep ends before the pair L0 at which a truncated SVD comes to {LOW:g}"
+            )
         return Decision("supports", f"no run comes to {LOW:g}")
     if all(reached):
         return Decision("contradicts", f"every seed has a run at {LOW:g} or below")
@@ -106,6 +113,16 @@ def decide_insufficient(records: Sequence[Record]) -> Decision:
 def _exact_l0(record: Record) -> float:
     exact = [r["l0"] for r in record["evaluation"]["references"] if r["name"].startswith("coordinates/")]
     return max(exact, default=float("inf"))
+
+
+def _low_l0(record: Record) -> float:
+    """Pair L0 of the first truncated SVD with a low error; infinite without one."""
+    low = [
+        r["l0"]
+        for r in record["evaluation"]["references"]
+        if r["name"].startswith("svd/") and r["normalised_mse"] <= LOW
+    ]
+    return min(low, default=float("inf"))
 
 
 def _heads(record: Record) -> str:
@@ -269,21 +286,22 @@ def _interpretable(metrics: Record, explain: Record | None) -> Finding | None:
     verdict, reason = decide_interpretable(rows)
     texts = []
     for row in rows:
-        described = row["features"]
+        described = _induction(row)
         grains = sorted({f["before_key"]["grain"] for f in described})
         texts.append(f"{row['run']}: {row['n_induction']} induction features among {row['n_live']} live ones; of the "
-                     f"{len(described)} clearest {_beating(row)} beat every permuted pair on held-out text; their key sides go "
-                     f"by {', '.join(grains) or 'nothing'}")  # fmt: skip
+                     f"{len(described)} clearest {_beating(row)} beat every permuted pair on held-out text; the tokens before "
+                     f"their keys go by {', '.join(grains) or 'nothing'}")  # fmt: skip
     return Finding(
         key="qk-induction",
         title="Rank-1 induction features are interpretable",
         claim="Some rank-1 QK features are induction features that can be read: the query side fires on X, the key side on the "
-        "token after X, and some go by less than a whole token.",
+        "token after X.",
         figure=f"{'; '.join(texts)}.",
         control="Every query side paired with the key sides of other live features, on the same held-out text.",
         verdict=verdict,
-        rule=f"Supports when at {SEEDS_TO_DECIDE} seeds or more each has {TOP} such features and {CLEAR:.0%} of these beat every "
-        "permuted pair; contradicts when at every seed fewer than half do.",
+        rule=f"Supports when at {SEEDS_TO_DECIDE} seeds or more each has {TOP} features of score {INDUCTION} or more and "
+        f"{CLEAR:.0%} of the clearest {TOP} beat every permuted pair; contradicts when at every seed fewer than half do. "
+        "Of several runs of a seed the one with the most induction features counts.",
         reason=reason,
         picture=None,
         commands=commands(metrics, "explain", "report"),
@@ -292,12 +310,12 @@ def _interpretable(metrics: Record, explain: Record | None) -> Finding | None:
 
 def decide_interpretable(rows: Sequence[Record]) -> Decision:
     """Of the clearest induction features of every seed, how many beat every permuted pair."""
-    seeds = {row["seed"]: row for row in rows}
+    seeds = {row["seed"]: row for row in sorted(rows, key=lambda row: row["n_induction"])}
     if (few := too_few(len(seeds))) is not None:
         return few
-    if any(len(row["features"]) < TOP for row in seeds.values()):
+    if any(len(_induction(row)) < TOP for row in seeds.values()):
         return Decision("inconclusive", f"a seed has fewer than {TOP} induction features")
-    shares = [_beating(row) / len(row["features"]) for row in seeds.values()]
+    shares = [_beating(row) / len(_induction(row)) for row in seeds.values()]
     listed = ", ".join(f"{share:.0%}" for share in shares)
     if min(shares) >= CLEAR:
         return Decision("supports", f"{listed} of the clearest features beat every permuted pair")
@@ -306,6 +324,11 @@ def decide_interpretable(rows: Sequence[Record]) -> Decision:
     return Decision("inconclusive", f"{listed} of the clearest features beat every permuted pair")
 
 
+def _induction(row: Record) -> list[Record]:
+    """The described features that are induction features."""
+    return [feature for feature in row["features"] if feature["score"] >= INDUCTION]
+
+
 def _beating(row: Record) -> int:
     return sum(f["share_text"] is not None and f["permuted_largest"] is not None and f["share_text"] > f["permuted_largest"]
-               for f in row["features"])  # fmt: skip
+               for f in _induction(row))  # fmt: skip

@@ -39,7 +39,7 @@ def _life(metrics: Record) -> Finding | None:
     row = rows[0]
     trigrams, induction = row["skip_trigrams"], row["induction"]
     examples = "; ".join(
-        f"[{t['query']!r} after {t['key']!r} -> {t['token']!r}] {t['fall']:.2f}"
+        f"[{t['query']!r} after {t['key']!r} -> {t['token']!r}] {t['fall']:.3f}"
         for t in trigrams["triples"]
         if t["confirmed"]
     )
@@ -58,7 +58,7 @@ def _life(metrics: Record) -> Finding | None:
         f"the head, held-out{f' ({examples}; fall of the logit)' if examples else ''}; {induction['n_found']} induction "
         f"heads of {induction['n_live']:,} live, best score {induction['best_score']:.2f} (base layer "
         f"{max(induction['base_scores']):.2f}; {induction['n_tokens']:,} random tokens).{loss}",
-        control=f"Removing another listed head, the logit of another triple's token, the same head at another pair's "
+        control=f"Removing another listed head, the logit of another triple's token, the same head at other pairs' "
         f"places: {trigrams['chance']:.0%} are confirmed by chance. Tokens of the repetition in another order: {induction['n_found_by_control']} heads pass.",
         verdict=verdict,
         rule=f"Supports when at {SEEDS_TO_DECIDE} seeds or more each layer has more confirmed skip trigrams than chance "

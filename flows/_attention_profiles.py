@@ -30,12 +30,15 @@ _RANK_ONE: Sections = {
 def evidence_attention_(sections: Sections) -> None:
     """Four sparsities or more at three seeds of what a rule compares, in place; the rest at one seed."""
     laptop = sections["attention_runs"] | {"arl-rank1": _RANK_ONE}
+    laptop["arl-1024"] = laptop["arl-wide"] | {"series": "arl-1024", "features": 1024}
     runs: Sections = {}
     for seed in _SEEDS:
         for series, (ks, own) in (_EVERY_SEED | (_FIRST_SEED if seed == 0 else {})).items():
             for k in ks:
                 runs[f"{series}-k{k}-s{seed}"] = _qk(series, k, seed, own)
-        for name in ("arl-wide", "arl-narrow") if seed else ("arl-wide", "arl-narrow", "arl-rank1", "arl-combined"):
+        for name in (
+            ("arl-wide", "arl-narrow") if seed else ("arl-wide", "arl-narrow", "arl-rank1", "arl-combined", "arl-1024")
+        ):
             runs[f"{name}-s{seed}"] = laptop[name] | {"seed": seed}
     sections["attention_runs"] = runs
     explain = sections["explain"]

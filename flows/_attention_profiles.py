@@ -10,11 +10,12 @@ Sections = dict[str, Any]
 _SEEDS = (0, 1, 2)
 _EVERY_SEED: dict[str, tuple[tuple[int, ...], Sections]] = {
     "qk-rank1": ((4, 8, 16, 32, 64), {}),
+    "qk-features512": ((32,), {"features": 512}),
+}
+_FIRST_SEED: dict[str, tuple[tuple[int, ...], Sections]] = {
     "qk-features512": ((8, 16, 32, 64), {"features": 512}),
     "qk-rank16": ((2, 4, 8, 16), {"rank": 16}),
     "qk-heads": ((8, 16, 32), {"heads": "all", "base": "mean", "features": 512}),
-}
-_FIRST_SEED: dict[str, tuple[tuple[int, ...], Sections]] = {
     "qk-rank2": ((8,), {"rank": 2}),
     "qk-rank4": ((8,), {"rank": 4}),
     "qk-rank8": ((8,), {"rank": 8}),
@@ -28,7 +29,7 @@ _RANK_ONE: Sections = {
 
 
 def evidence_attention_(sections: Sections) -> None:
-    """Four sparsities or more at three seeds of what a rule compares, in place; the rest at one seed."""
+    """Rank 1 at five sparsities, wide and narrow layers at three seeds, in place; the rest at one seed."""
     laptop = sections["attention_runs"] | {"arl-rank1": _RANK_ONE}
     laptop["arl-1024"] = laptop["arl-wide"] | {"series": "arl-1024", "features": 1024}
     runs: Sections = {}

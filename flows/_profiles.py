@@ -169,7 +169,7 @@ def _settings(training: Sections) -> Sections:
     runs: Sections = {}
     for start, own in starts.items():
         for rate in (0.5, 1.0, 2.0):
-            for length in (0.5, 1.0):
+            for length in (0.25, 0.5):
                 for series, heads in (("mtc", {}), ("top1", {"heads_per_feature": 1})):
                     run = _top_k("mtc", f"{series}-settings", "robustness", 60, 0, own | heads)
                     run["training"] = {"learning_rate": rate * training["learning_rate"],

@@ -174,7 +174,8 @@ def _settings(training: Sections) -> Sections:
                     run = _top_k("mtc", f"{series}-settings", "robustness", 60, 0, own | heads)
                     run["training"] = {"learning_rate": rate * training["learning_rate"],
                                        "steps": round(length * training["steps"])}  # fmt: skip
-                    runs[f"{series}-{start}-rate{rate:g}-length{length:g}"] = run
+                    # In percent: DVC reads a dot in a name as a level of the parameter file.
+                    runs[f"{series}-{start}-rate{rate:.0%}-length{length:.0%}".replace("%", "")] = run
     return runs
 
 

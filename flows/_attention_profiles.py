@@ -45,9 +45,8 @@ def evidence_attention_(sections: Sections) -> None:
     explain = sections["explain"]
     explain["runs"] = ["qk-rank1-k32-s0", *(f"qk-features512-k32-s{seed}" for seed in _SEEDS)]
     explain["decisions"] = [decision | {"run": "qk-rank1-k32-s0"} for decision in explain["decisions"]]
-    wide = [f"arl-wide-s{seed}" for seed in _SEEDS]
     coded = [f"{name}-s0" for name in ("arl-rank1", *sections["replacements"]["codes_of"])]
-    sections["replacements"] |= {"heads_of": wide, "codes_of": coded}
+    sections["replacements"] |= {"heads_of": ["arl-wide-s0"], "codes_of": coded}
 
 
 def _qk(series: str, k: int, seed: int, own: Sections) -> Sections:

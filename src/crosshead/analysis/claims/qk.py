@@ -269,8 +269,8 @@ def _compared(first: Sequence[Record], second: Sequence[Record]) -> Record:
 
 
 def _ratio(found: Record) -> str:
-    if found["ratio"] is None:
-        return "no common range of pair L0"
+    if found["ratio"] is None or found["l0_range"] is None:
+        return "no range of pair L0 that all seeds share"
     interval = "" if found["interval"] is None else " (95% {:.2f} to {:.2f})".format(*found["interval"])
     low, high = found["l0_range"]
     return f"ratio {found['ratio']:.2f}{interval} at pair L0 {low:.1f} to {high:.1f}"

@@ -22,8 +22,10 @@ _IMPORTED_BY_NAME = {
     "crosshead.attention.registry": {kind: {f"crosshead.attention.{kind}"} for kind in ATTENTION_KINDS},
     "crosshead.analysis.attention_metrics": {kind: {f"crosshead.analysis.{HOMES[kind]}"} for kind in ATTENTION_KINDS},
 }
-TRAININGS: dict[str, str] = {**dict.fromkeys(KINDS, "train"), **dict.fromkeys(ATTENTION_KINDS, "attention")}
-"""The stage that trains each architecture."""
+TRAININGS: dict[str, str] = {
+    **dict.fromkeys(KINDS, "train"), **dict.fromkeys(ATTENTION_KINDS, "attention"), "nulls": "nulls",
+}  # fmt: skip
+"""The stage that trains each architecture; ``nulls`` trains MTCs once more."""
 
 
 def import_graph() -> grimp.ImportGraph:
@@ -50,7 +52,8 @@ def code_closure(stage: str, graph: grimp.ImportGraph | None = None) -> list[str
 
 def training_closure(kind: str, graph: grimp.ImportGraph) -> list[str]:
     """The files that a training of one architecture imports."""
-    own = set().union(*(kinds.get(kind, set()) for kinds in _IMPORTED_BY_NAME.values()))
+    by_name = "mtc" if kind == "nulls" else kind
+    own = set().union(*(kinds.get(by_name, set()) for kinds in _IMPORTED_BY_NAME.values()))
     return sorted(_path(module) for module in _closure(graph, {f"flows.{TRAININGS[kind]}"} | own))
 
 

@@ -5,6 +5,7 @@ from typing import Any
 
 from crosshead.analysis.findings import ReportConfig, collect
 from crosshead.analysis.frontiers import sum_points
+from crosshead.analysis.one_head import null_record
 from crosshead.analysis.verdicts import judge
 from crosshead.io.files import atomic_directory, read_json, write_json, write_text
 from crosshead.reporting import attention_figures, evidence, figures
@@ -30,7 +31,7 @@ def report(stage: Stage) -> None:
         references=read_json(stage.data / "references" / "references.json"),
         clusters=clusters,
         audit=read_json(stage.data / "audit" / "audit.json"),
-        nulls=read_json(stage.data / "nulls" / "nulls.json"),
+        nulls=_nulls(stage),
         planted=read_json(stage.data / "planted" / "planted.json"),
         meaning=read_json(stage.data / "meaning" / "meaning.json"),
         attention=[read_json(stage.reports / "attention" / f"{run}.json") for run in stage.sections["attention_runs"]],
@@ -53,6 +54,12 @@ def report(stage: Stage) -> None:
     write_json(stage.reports / "metrics.json", metrics)
     write_text(stage.reports / "findings.md", markdown)
     write_text(stage.reports / "findings.html", page)
+
+
+def _nulls(stage: Stage) -> dict[str, Any]:
+    """The one-head null, its runs in the order in which the parameters name them."""
+    rows = [read_json(stage.data / "nulls" / f"{run}.json") for run in stage.sections["nulls"]["runs"]]
+    return null_record(read_json(stage.data / "null_target" / "target.json"), rows)
 
 
 def draw(metrics: dict[str, Any], records: list[Any], clusters: Any, config: ReportConfig, directory: Path) -> None:

@@ -285,9 +285,8 @@ def test_an_architecture_itself_says_which_sites_it_reads(tmp_path: Path, sectio
     sections["replacements"] |= {"heads_of": [], "codes_of": ["heads"]}
     sections["clusters"]["runs"] = sections["meaning"]["runs"] = ["heads"]
     sections["nulls"] = {"teacher": "heads", "runs": ["heads"]}
-    path = tmp_path / "params.yaml"
-    path.write_text(yaml.safe_dump(sections))
-    load_params(path)
+    assert "lacks" not in (message := fault(tmp_path, sections))
+    assert message.endswith("nulls.runs names 'heads', a attn_out_sae; name runs of mtc only")
 
 
 def test_a_missing_section_is_named(tmp_path: Path, sections: dict):
@@ -326,3 +325,10 @@ def test_the_command_prints_one_line_and_no_traceback(tmp_path: Path, sections: 
     assert result.stdout == ""
     assert len(result.stderr.splitlines()) == 1
     assert result.stderr.startswith(f"{path}: training.stepz is not a parameter (got 40); did you mean 'steps'?")
+
+
+@pytest.mark.parametrize("section", ["runs", "attention_runs"])
+def test_a_run_that_no_stage_can_be_named_after_is_refused(tmp_path: Path, sections: dict, section: str):
+    entry = next(iter(sections[section].values()))
+    sections[section]["rate0.5"] = entry
+    assert f"{section}.rate0.5: files and DVC stages take the name of a run" in fault(tmp_path, sections)

@@ -5,6 +5,7 @@ them, and against one another, before anything runs. ``python -m crosshead.param
 with 2.
 """
 
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -106,6 +107,7 @@ _CONFIGS: dict[str, type[BaseModel]] = {
     "report": ReportConfig,
 }
 _SHOWN = 10
+_NAME = re.compile(r"[A-Za-z0-9_-]+")
 _REGISTRIES = (DICTIONARIES, ATTENTION)
 _SECTIONS = ("profile", *_CONFIGS, *(name for registry in _REGISTRIES for name in (registry.defaults, registry.runs)))
 # The model is not known yet: no dictionary lies too deep or has too many heads for this one.
@@ -170,6 +172,9 @@ def _read_runs(registry: Registry, sections: Mapping[str, Any], path: Path | str
             if not isinstance(name, str):
                 raise ValueError(f"{path}: {registry.runs}.{name} has no name but a {type(name).__name__}; "
                                  "put it in quotes")  # fmt: skip
+            if not _NAME.fullmatch(name):
+                raise ValueError(f"{path}: {registry.runs}.{name}: files and DVC stages take the name of a run, and it "
+                                 "has other characters than letters, digits, - and _; rename it")  # fmt: skip
             kind = entry.get("kind") if isinstance(entry, dict) else None
             own = defaults.get(kind) if isinstance(kind, str) else None
             runs[name] = read_run(name, entry, own or {}, training, path, registry)
@@ -210,11 +215,13 @@ def _named_runs(found: Mapping[str, Any]) -> list[tuple[str, Sequence[str], tupl
 
 
 def _of_another_kind(found: Mapping[str, Any], path: Path | str) -> list[str]:
-    """Runs that the stages explain and replacements cannot look into."""
+    """Runs of a kind that a stage is not made for."""
     faults: list[str] = []
-    runs = found.get("attention_runs", {})
-    for section, key, kind in (("explain", "runs", "qk_diagonal"), ("replacements", "heads_of", "replacement")):
-        named = getattr(found[section], key) if section in found else ()
+    for section, key, kind, where in (
+        ("nulls", "runs", "mtc", "runs"), ("explain", "runs", "qk_diagonal", "attention_runs"),
+        ("replacements", "heads_of", "replacement", "attention_runs"),
+    ):  # fmt: skip
+        named, runs = getattr(found[section], key) if section in found else (), found.get(where, {})
         faults += [f"{path}: {section}.{key} names {name!r}, a {runs[name].kind}; name runs of {kind} only"
                    for name in named if name in runs and runs[name].kind != kind]  # fmt: skip
     if "explain" in found:

@@ -129,7 +129,7 @@ def evidence() -> dict[str, Any]:
           for m in (0.0, 1.0) for n in (0.0, 0.5)),
     ]  # fmt: skip
     return {
-        "nulls": null_record("top1-110", 0.1, 0.1, rows),
+        "nulls": null_record({"teacher": "top1-110", "teacher_normalised_mse": 0.1, "noise_share": 0.1}, rows),
         "planted": {"rows": planted, "seeds": [0], "commit_seed": None},
         "meaning": {
             "runs": dict.fromkeys(("mtc-60", "top1-60", "attn-out-sae-60"), read),

@@ -191,7 +191,7 @@ def test_rows_are_what_frontiers_compare(cache, planted, teacher):
                 "context_squared_error": [factor * e for e in measured.context_squared_error],
             })  # fmt: skip
             rows.append(null_row(run, build(dictionary(heads_per_feature=heads), cache.dims), scaled))
-    record = null_record("top1-k6", 0.2, 0.1, rows)
+    record = null_record({"teacher": "top1-k6", "teacher_normalised_mse": 0.2, "noise_share": 0.1}, rows)
     assert record["comparisons"]["mtc"]["ratio"] == pytest.approx(0.9)
     assert record["comparisons"]["mtc"]["interval"] == pytest.approx([0.9, 0.9])
     assert (record["comparisons"]["mtc"]["first"], record["comparisons"]["mtc"]["second"]) == ("mtc", "top1")

@@ -106,7 +106,8 @@ def _movers_left(module, progress: float) -> Tensor:
         else:
             sizes = module.loadings[:, i].abs().tolist()
             kept = set(sorted(range(n_movers), key=sizes.__getitem__, reverse=True)[: config.heads_per_feature])
-            fading = max(0.0, 1.0 - progress / config.selection_fraction)
+            begin, end = config.selection
+            fading = 1.0 if progress <= begin else max(0.0, 1.0 - (progress - begin) / (end - begin))
         for m in range(n_movers):
             left_MF[m, i] = 1.0 if m in kept else fading
     return left_MF.detach()

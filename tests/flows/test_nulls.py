@@ -1,10 +1,13 @@
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from crosshead.activations.cache import ActivationCache
+from crosshead.analysis.one_head import SEED_OFFSET, null_record
 from crosshead.io.files import write_json
+from flows import null_target as target
 from flows import nulls as flow
 from flows._runtime import Stage
 from tests.activations.harvests import make_corpus, run_harvest
@@ -30,7 +33,8 @@ def home(tiny_model, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def stage(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Stage:
     monkeypatch.setenv("DVC_ROOT", str(tmp_path))
-    monkeypatch.setattr(flow, "open_cache", lambda stage, device: ActivationCache.open(stage.data / "cache"))
+    for module in (flow, target):
+        monkeypatch.setattr(module, "open_cache", lambda stage, device: ActivationCache.open(stage.data / "cache"))
     return Stage("nulls", None, tmp_path / "params.yaml", {
         "profile": "test", "paths": {"data": str(home), "reports": str(home / "reports")}, "runs": RUNS,
         "machine": {"device": "cpu", "threads": 1}, "evaluation": {"detail_contexts": 2, "refit_contexts": 4},
@@ -40,54 +44,70 @@ def stage(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Stage:
     })  # fmt: skip
 
 
-def written(home: Path) -> bytes:
-    return (home / "nulls" / "nulls.json").read_bytes()
+def row(home: Path, run: str) -> bytes:
+    return (home / "nulls" / f"{run}.json").read_bytes()
 
 
-def test_a_stage_killed_between_two_trainings_repeats_neither_and_writes_the_same_bytes(stage, home, monkeypatch):
-    flow.nulls(stage)
-    whole = written(home)
-    begun, fit = [], flow.fit
+def planted(stage: Stage) -> Stage:
+    target.null_target(stage)
+    return stage
 
-    def dies(module, *arguments, **keywords):
-        if begun:
-            raise KeyboardInterrupt
-        begun.append(keywords["description"])
-        return fit(module, *arguments, **keywords)
 
-    (home / "nulls" / "nulls.json").unlink()
+def of(stage: Stage, run: str | None) -> Stage:
+    return replace(stage, name=f"nulls@{run}", run=run)
+
+
+def test_a_killed_training_goes_on_and_writes_the_same_bytes(stage, home, monkeypatch):
+    planted(stage)
+    flow.nulls(of(stage, "mtc-k6"))
+    whole, fit = row(home, "mtc-k6"), flow.fit
+
+    def dies(*arguments, **keywords):
+        def kill(step, metrics):
+            if step >= 8:
+                raise KeyboardInterrupt
+
+        return fit(*arguments, **keywords, on_metrics=kill)
+
+    (home / "nulls" / "mtc-k6.json").unlink()
     monkeypatch.setattr(flow, "fit", dies)
     with pytest.raises(KeyboardInterrupt):
-        flow.nulls(stage)
-    monkeypatch.setattr(flow, "fit", lambda *a, **k: begun.append(k["description"]) or fit(*a, **k))
-    flow.nulls(stage)
-    assert begun == ["null mtc-k6", "null top1-k6"]
-    assert written(home) == whole
-    assert not list((Path(stage.source).parent / "work").iterdir())
+        flow.nulls(of(stage, "mtc-k6"))
+    (work,) = (Path(stage.source).parent / "work").iterdir()
+    assert list(work.rglob("state.json")), "nothing to go on from"
+    monkeypatch.setattr(flow, "fit", fit)
+    flow.nulls(of(stage, "mtc-k6"))
+    assert row(home, "mtc-k6") == whole
+    assert not work.exists()
 
 
-def test_the_record_names_teacher_noise_rows_and_comparison(stage, home):
-    flow.nulls(stage)
-    record = json.loads(written(home))
+def test_target_and_rows_make_the_record_of_the_report(stage, home):
+    planted(stage)
+    for run in ("mtc-k6", "top1-k6"):
+        flow.nulls(of(stage, run))
+    record = null_record(
+        json.loads((home / "null_target" / "target.json").read_text()),
+        [json.loads(row(home, run)) for run in ("mtc-k6", "top1-k6")],
+    )
     assert record.keys() == {"teacher", "teacher_normalised_mse", "noise_share", "rows", "comparisons"}
     assert record["teacher"] == "top1-k6"
     assert 0 < record["noise_share"] < 1
-    assert [row["run"] for row in record["rows"]] == ["mtc-k6", "top1-k6"]
-    for row in record["rows"]:
-        assert row["normalised_mse"] > record["noise_share"], "nothing can predict the noise"
+    assert [entry["seed"] for entry in record["rows"]] == [SEED_OFFSET, SEED_OFFSET], "a student starts elsewhere"
+    for entry in record["rows"]:
+        assert entry["normalised_mse"] > record["noise_share"], "nothing can predict the noise"
     assert record["rows"][1]["participation_ratio_mean"] == pytest.approx(1.0)
     assert (record["comparisons"]["mtc"]["first"], record["comparisons"]["mtc"]["second"]) == ("mtc", "top1")
 
 
-@pytest.mark.parametrize(
-    ("section", "message"),
-    [
-        ({"teacher": "none", "runs": ["mtc-k6"]}, r"nulls\.teacher names 'none', which is not under runs"),
-        ({"teacher": "top1-k6", "runs": ["none"]}, r"nulls\.runs names 'none', which is not under runs"),
-        ({"teacher": "top1-k6", "runs": ["mtc-resid"]}, r"'mtc-resid', which predicts resid_out .* predict the same"),
-    ],
-)
-def test_runs_that_do_not_fit_are_refused(section, message, stage):
-    stage.sections["nulls"] = section
-    with pytest.raises(ValueError, match=message):
-        flow.nulls(stage)
+def test_a_run_that_predicts_something_else_is_refused(stage):
+    planted(stage)
+    with pytest.raises(ValueError, match=r"'mtc-resid', which predicts resid_out .* predict the same"):
+        flow.nulls(of(stage, "mtc-resid"))
+
+
+def test_a_stage_without_its_run_and_a_target_without_its_teacher_are_refused(stage):
+    with pytest.raises(ValueError, match=r"name a run of .*: --run <an entry of nulls\.runs>"):
+        flow.nulls(of(stage, None))
+    stage.sections["nulls"] = {"teacher": "none", "runs": ["mtc-k6"]}
+    with pytest.raises(ValueError, match=r"nulls\.teacher names 'none', which is not under runs"):
+        target.null_target(stage)

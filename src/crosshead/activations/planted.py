@@ -55,7 +55,7 @@ class PlantedConfig(BaseModel):
     """T, the beginning-of-text token included."""
     vocabulary: Annotated[int, Field(ge=6)] = 24
     """Tokens, the beginning-of-text token included."""
-    delimiters: Count = 2
+    delimiters: Count = 6
     """Tokens that delimiter heads look for."""
     repeats: Annotated[int, Field(ge=0)] = 2
     """Segments that occur twice in a context."""

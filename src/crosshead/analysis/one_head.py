@@ -12,7 +12,7 @@ what advantage in error (frontiers at equal L0) appear without any superposition
 beyond these. The source asks for no null; design choice.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -30,7 +30,10 @@ from crosshead.dictionaries.base import Batch, Dictionary, Site
 from crosshead.io.files import atomic_path
 from crosshead.training.runs import Run
 
-__all__ = ["NullConfig", "PlantedSource", "null_record", "null_row", "planted_target"]
+__all__ = ["SEED_OFFSET", "NullConfig", "PlantedSource", "null_record", "null_row", "planted_target"]
+
+SEED_OFFSET = 1_000
+"""Added to a student's seed: none begins where its teacher did, which would favour it."""
 
 
 class NullConfig(BaseModel):
@@ -42,8 +45,6 @@ class NullConfig(BaseModel):
     """Trained Top-1 run whose prediction of the attention output is the planted truth."""
     runs: Annotated[tuple[str, ...], Field(min_length=1)]
     """Runs that are trained once more, on the planted target: Top-1 MTCs and ones with more heads."""
-    seed_offset: Annotated[int, Field(gt=0)] = 1_000
-    """Added to a run's seed: no student begins where its teacher did, which would favour it."""
 
     @field_validator("runs")
     @classmethod
@@ -111,15 +112,18 @@ class PlantedSource(ActivationSource):
 
     def _target(self, split: str) -> Float[np.ndarray, "n T D"]:
         if split not in self._targets:
-            file = self.home / f"planted-{split}-{self.seed}.npy"
-            if not file.exists():
-                self._plant(split, file)
-            self._targets[split] = np.load(file, mmap_mode="r")
+            self._targets[split] = np.load(self.plant(split), mmap_mode="r")
         return self._targets[split]
 
     @torch.no_grad()
-    def _plant(self, split: str, file: Path) -> None:
-        """One context after the other, so that no context depends on those it is read with."""
+    def plant(self, split: str) -> Path:
+        """The file of a split, written now unless it is there.
+
+        One context after the other, so that no context depends on those it is read with.
+        """
+        file = self.home / f"planted-{split}-{self.seed}.npy"
+        if file.exists():
+            return file
         shape = (self.n_contexts(split), self.context_length, self.dims.d_model)
         device, donors = next(self.teacher.parameters()).device, [self.donor(split, c) for c in range(shape[0])]
         with atomic_path(file) as temporary:
@@ -130,6 +134,7 @@ class PlantedSource(ActivationSource):
                 order = self._order(split, index, batch.n_counted)
                 target[index] = planted_target(self.teacher, batch, donated, [order])[0].cpu().numpy()
             target.flush()
+        return file
 
     def donor(self, split: str, index: int) -> int:
         """The context whose residuals a context gets: never its own, and each gives to exactly one."""
@@ -195,22 +200,18 @@ def null_row(run: Run, module: Dictionary, evaluation: Evaluation) -> dict[str, 
     }
 
 
-def null_record(
-    teacher: str, teacher_normalised_mse: float, noise_share: float, rows: Sequence[dict[str, Any]]
-) -> dict[str, Any]:
-    """What ``nulls.json`` holds.
+def null_record(target: Mapping[str, Any], rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The null as the report holds it.
 
-    ``teacher_normalised_mse`` is on the real target; ``noise_share`` is the teacher's own error on the planted one, the
-    least that a student can reach. ``comparisons`` sets every series with more than one head per feature against the
-    Top-1 rows at equal L0.
+    ``target`` is what ``target.json`` says of it: teacher_normalised_mse is on the real target, noise_share the
+    teacher's own error on the planted one, the least that a student can reach. ``comparisons`` sets every series with
+    more than one head per feature against the Top-1 rows at equal L0.
     """
     one = [row for row in rows if row["heads_per_feature"] == 1]
     series = dict.fromkeys(row["series"] for row in rows if row["heads_per_feature"] != 1)
     found = {name: compare_series([row for row in rows if row["series"] == name], one) for name in series}
     return {
-        "teacher": teacher,
-        "teacher_normalised_mse": teacher_normalised_mse,
-        "noise_share": noise_share,
+        **target,
         "rows": list(rows),
         "comparisons": {
             name: comparison.model_dump(mode="json") | {"n_seeds": len(comparison.seed_ratios)}

@@ -53,8 +53,12 @@ class MovingConfig(DictionaryConfig):
     The others end without value and without gradient: a straight-through gradient to the end of training keeps the
     choice from settling, because Adam moves every loading by about the learning rate however small its gradient.
     """
-    selection_fraction: Annotated[float, Field(gt=0, le=1)] = 0.3
-    """Share of training over which the movers that are not kept fade out."""
+    selection: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(gt=0, le=1)]] = (0.3, 0.6)
+    """Shares of training at which the movers that are not kept begin to fade, and are gone.
+
+    Until then every mover is open. Where features have one head, a choice that begins at once leaves some with a wrong
+    one, and the Top-1 dictionary worse than it has to be (planted layers; the log has the figures).
+    """
     loadings_sign: Literal["free", "nonnegative"] = "free"
     """Constraint on head loadings."""
     start_identity: Annotated[float, Field(ge=0, le=1)] = 0.03
@@ -65,7 +69,10 @@ class MovingConfig(DictionaryConfig):
     """Learning rate of the head loadings over that of everything else."""
 
     @model_validator(mode="after")
-    def _fixed_means_one(self) -> "MovingConfig":
+    def _choices_fit(self) -> "MovingConfig":
+        begin, end = self.selection
+        if begin >= end:
+            raise ValueError(f"selection begins at {begin} and ends at {end}; it has to end later")
         if self.assignment == "fixed" and self.heads_per_feature != 1:
             raise ValueError(f"assignment: fixed binds a feature to one mover, but heads_per_feature is "
                              f"{self.heads_per_feature}; set heads_per_feature: 1 or assignment: learned")  # fmt: skip
@@ -94,8 +101,8 @@ class Moving(OneLayer):
     def effective_loadings(self, progress: float = 1.0) -> Float[Tensor, "M F"]:
         """Head loadings after keeping each feature's largest movers.
 
-        The others fade out over the first ``selection_fraction`` of training and are zero, value and gradient, from
-        then on. While they fade the choice is open: a mover that grows past the weakest kept one takes its place.
+        The others fade out between the two shares of training in ``selection`` and are zero, value and gradient, from
+        then on. Until then the choice is open: a mover that grows past the weakest kept one takes its place.
         """
         kept, left = self._kept_movers(), self._unkept_share(progress)
         if kept is None:
@@ -115,7 +122,9 @@ class Moving(OneLayer):
 
     def _unkept_share(self, progress: float) -> float:
         """What is left of the movers that are not kept."""
-        return 0.0 if self.config.assignment == "fixed" else max(0.0, 1.0 - progress / self.config.selection_fraction)
+        begin, end = self.config.selection
+        fading = (end - progress) / (end - begin)
+        return 0.0 if self.config.assignment == "fixed" else min(1.0, max(0.0, fading))
 
     def decode(self, codes: SparseCodes, batch: Batch, progress: float = 1.0) -> Float[Tensor, "B T D"]:
         # Movers that have faded out entirely need not be computed.

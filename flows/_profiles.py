@@ -63,7 +63,9 @@ def _evidence(sections: Sections) -> str:
     }  # fmt: skip
     labelled = ("mtc-k60", "top1-k60", "joint-top1-k60", "sae-best-head-k60", "attn-out-k60")
     named = [f"{series}-s{seed}" for series in labelled for seed in _SEEDS]
-    sections["meaning"] |= {"runs": [*named, "value-both-c-s0"]}
+    pairs = (("top1-k60", "joint-top1-k60"), ("mtc-k60", "joint-top1-k60"), ("top1-k60", "sae-best-head-k60"))
+    matched = [[f"{series}-s{seed}" for series in pair] for pair in pairs for seed in _SEEDS]
+    sections["meaning"] |= {"runs": [*named, "value-both-c-s0"], "matched": matched}
     sections["runs"] = _frontier_runs() | _value_runs() | _ablations() | _settings(sections["training"])
     evidence_attention_(sections)
     return (

@@ -107,11 +107,17 @@ def evidence() -> dict[str, Any]:
     heads = {
         "survey_heads": [{"layer": 17, "head": 3, "score": 0.8}],
         "share_on_survey_heads": 0.8,
+        "interval": [0.7, 0.9],
         "expected_share": 0.3,
     }
     read = {"n_live": 120, "labels": labels, "breadth": {"median": 4.0, "interval": [3.5, 4.5]},
             "predictability": {"from": side, "to": side}, "induction_heads": heads,
             "examples": [{"feature": 5, "label": "induction", "texts": ["a | b [c] `d`\n e"]}]}  # fmt: skip
+    ratio = {"first": 4.0, "second": 5.0, "ratio": 1.2, "interval": [1.1, 1.3]}
+    match = {"first": "top1-60", "second": "mtc-60", "n_live": [100, 90], "n_matched": 40, "cosine": 0.85,
+             "measures": {"breadth": ratio, "tokens": None},
+             "pairs": [{"features": [3, 7], "cosine": 0.9, "breadth": [4.0, 5.0], "tokens": [2.0, 2.5],
+                        "texts": ["a | b", "c"]}]}  # fmt: skip
     cluster = {"run": "mtc-60", "k": 16, "cluster": 3, "size": 12}
     test = {"dip": 0.1, "p_value": 0.4, "n": 16, "power": 0.7}
     correlation = {"rho": 0.4, "p_value": 0.1, "n": 16}
@@ -140,6 +146,7 @@ def evidence() -> dict[str, Any]:
                                          "random_mean": 0.8 * size, "random_high": 0.9 * size} for size in (4, 12, 40)],
             "size_correlations": {"mtc-60": {"induction": correlation, "skip_trigram": correlation}},
             "modality": {"mtc-60": {"loadings": None, "ov_dimension": test}},
+            "matches": [match],
         },
     }  # fmt: skip
 

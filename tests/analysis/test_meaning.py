@@ -22,6 +22,8 @@ CONFIG = MeaningConfig(
     clusters=EnrichmentConfig(k=5, shuffles=5, random_sets=5),
     induction_head_score=0.5,
     simulations=20,
+    matched=(("mtc", "top1"),),
+    matched_cosine=0.3,
 )
 FORMS = {
     "mtc": {"kind": "mtc", "layers": [1]},
@@ -91,6 +93,20 @@ def test_mass_of_heads_adds_up_and_the_survey_names_the_induction_heads(document
     heads = document["runs"]["mtc"]["induction_heads"]
     assert heads["survey_heads"] == [{"layer": 1, "head": 2, "score": 0.6}]
     assert 0 < heads["expected_share"] < 1
+    if heads["interval"] is not None:
+        assert heads["interval"][0] <= heads["share_on_survey_heads"] <= heads["interval"][1]
+
+
+def test_two_dictionaries_of_one_kind_are_matched(document):
+    (found,) = document["matches"]
+    assert (found["first"], found["second"]) == ("mtc", "top1")
+    assert 0 < found["n_matched"] <= min(found["n_live"])
+    assert len(found["pairs"]) == min(8, found["n_matched"])
+
+
+def test_a_matched_run_that_is_not_described_is_refused():
+    with pytest.raises(ValueError, match="matched names 'other', which is not among runs"):
+        MeaningConfig(runs=("mtc",), matched=(("mtc", "other"),))
 
 
 def test_contexts_longer_than_the_model_allows_are_refused(setting):

@@ -209,11 +209,13 @@ def test_attention_output_needs_both_kinds_and_induction_features_their_heads():
     assert decide_labels(labels(9, 5)[:2]).verdict == "inconclusive"
 
     def shares(*values):
-        return [(seed, {"share_on_survey_heads": v, "expected_share": 0.5}) for seed, v in enumerate(values)]
+        return [(seed, {"interval": None if v is None else [v - 0.1, v + 0.1], "expected_share": 0.5})
+                for seed, v in enumerate(values)]  # fmt: skip
 
     assert decide_heads(shares(0.9, 0.8, 0.7)).verdict == "supports"
-    assert decide_heads(shares(0.9, 0.8, 0.4)).verdict == "inconclusive"
-    assert decide_heads(shares(0.1, 0.2, 0.4)).verdict == "contradicts"
+    assert decide_heads(shares(0.9, 0.8, 0.55)).verdict == "inconclusive"
+    assert decide_heads(shares(0.1, 0.2, 0.45)).verdict == "inconclusive"
+    assert decide_heads(shares(0.1, 0.2, 0.3)).verdict == "contradicts"
     assert decide_heads(shares(0.9, None, None)).verdict == "inconclusive"
 
 

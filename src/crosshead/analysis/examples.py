@@ -13,7 +13,7 @@ from torch import Tensor
 from crosshead.analysis.labels import FeatureLabels
 from crosshead.analysis.moved import Moved
 
-__all__ = ["clearest", "examples", "snippet"]
+__all__ = ["clearest", "examples", "largest_moves", "snippet"]
 
 _BEFORE, _AFTER, _BETWEEN = 8, 4, 8
 
@@ -54,13 +54,13 @@ def examples(
     evidence = labels.evidence[name]
     return [
         {"feature": i, "label": name, "share": float(evidence.share[i]), "expected": float(evidence.expected[i]),
-         "texts": _texts(found, i, tokenizer, n_texts)}
+         "texts": largest_moves(found, i, tokenizer, n_texts)}
         for i in clearest(labels, name, n_features)
     ]  # fmt: skip
 
 
-def _texts(found: Moved, feature: int, tokenizer: Any, n_texts: int) -> list[str]:
-    """Its largest moves, one per context."""
+def largest_moves(found: Moved, feature: int, tokenizer: Any, n_texts: int) -> list[str]:
+    """Snippets of a feature's largest moves, one per context."""
     entries = found.entries
     own = torch.nonzero(entries.feature == feature)[:, 0]
     own = own[torch.argsort(entries.mass[own], descending=True, stable=True)]

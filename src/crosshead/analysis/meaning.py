@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from jaxtyping import Bool
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
 
 from crosshead.activations.base_model import LanguageModel
@@ -24,6 +24,7 @@ from crosshead.activations.texts import read_texts
 from crosshead.analysis.cluster_meaning import describe_clusters
 from crosshead.analysis.enrichment import EnrichmentConfig
 from crosshead.analysis.examples import examples
+from crosshead.analysis.feature_matches import match_features
 from crosshead.analysis.labels import (
     Evidence,
     FeatureLabels,
@@ -73,6 +74,12 @@ class MeaningConfig(BaseModel):
     """Sample and fit of the n-grams."""
     clusters: EnrichmentConfig = EnrichmentConfig()
     """The clustering that is looked into."""
+    matched: tuple[tuple[str, str], ...] = ()
+    """Pairs of these runs whose features are matched and shown side by side."""
+    matched_cosine: Annotated[float, Field(gt=0, le=1)] = 0.7
+    """Least cosine of two features' activations in a matched pair."""
+    matched_shown: Annotated[int, Field(ge=0)] = 8
+    """Matched features shown of every pair of runs."""
     induction_head_score: Annotated[float, Field(gt=0, lt=1)] = 0.2
     """Heads with at least this induction score in the survey are its induction heads."""
     examples_per_label: Annotated[int, Field(ge=0)] = 3
@@ -83,6 +90,13 @@ class MeaningConfig(BaseModel):
     """Uniform samples behind the p-value of the dip."""
     seed: Annotated[int, Field(ge=0)] = 0
     """Fixes random tokens, lists, samples and nulls."""
+
+    @model_validator(mode="after")
+    def _matched_are_described(self) -> "MeaningConfig":
+        for run in (run for pair in self.matched for run in pair):
+            if run not in self.runs:
+                raise ValueError(f"matched names {run!r}, which is not among runs; add it there")
+        return self
 
 
 class Subject(NamedTuple):
@@ -178,11 +192,14 @@ def describe(
     sites = tuple(dict.fromkeys(site for mover in everywhere.values() for site in mover.sites))
     contexts = _Contexts.of(sites, cache, model, config)
     result: Record = {"runs": {}, "enrichment": [], "enrichment_summary": {}, "ov_dimensions": [],
-                      "size_correlations": {}, "modality": {}}  # fmt: skip
+                      "size_correlations": {}, "modality": {}, "matches": []}  # fmt: skip
+    kept: dict[str, Moved] = {}
     for subject in subjects:
         on_text = mover_of(subject.module, weights, lambda layer: _has_pattern(cache, layer))
         study = _study(subject, everywhere[subject.name], on_text, contexts)
         result["runs"][subject.name] = _features(study, contexts, survey)
+        if any(subject.name in pair for pair in config.matched):
+            kept[subject.name] = study.text
         clusters = describe_clusters(
             subject.module, _loadings(subject.module, cache), subject.live, study.labels, study.text,
             _induction_share(study, config), config.clusters, simulations=config.simulations, seed=config.seed,
@@ -192,6 +209,10 @@ def describe(
                 result[key] += [{"run": subject.name} | record for record in own]
             else:
                 result[key][subject.name] = own
+    result["matches"] = [match_features(
+        (first, second), kept[first], kept[second], model.tokenizer, threshold=config.matched_cosine,
+        n_shown=config.matched_shown, bootstraps=config.predictability.bootstraps, seed=config.seed,
+    ) for first, second in config.matched]  # fmt: skip
     return result
 
 
@@ -308,8 +329,19 @@ def _induction_heads(study: _Study, survey: Sequence[Mapping[str, Any]], config:
         ] if shares is not None else [],
         "survey_heads": [_head(places[m]) | {"score": scores[places[m]]} for m in heads],
         "share_on_survey_heads": None if shares is None or not heads else float(shares[heads].sum()),
+        "interval": _share_interval(through[own][:, heads].sum(1), through[own].sum(1), config) if heads else None,
         "expected_share": float(expected[heads].sum()) if heads else None,
     }  # fmt: skip
+
+
+def _share_interval(part: Floats, whole: Floats, config: MeaningConfig) -> list[float] | None:
+    """95% percentile bootstrap interval, over features, of the sum of parts over the sum of wholes."""
+    if not len(part):
+        return None
+    shape = (config.predictability.bootstraps, len(part))
+    draws = np.random.default_rng(config.seed).integers(len(part), size=shape)
+    ratios = part[draws].sum(1) / np.maximum(whole[draws].sum(1), 1e-300)
+    return [float(q) for q in np.quantile(ratios, (0.025, 0.975))]
 
 
 def _normalised(values: Floats) -> Floats:

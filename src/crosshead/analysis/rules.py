@@ -25,6 +25,7 @@ __all__ = [
     "lies_below",
     "objective",
     "objective_text",
+    "of_interval",
     "of_series",
     "ratio_text",
     "separated",
@@ -90,7 +91,12 @@ def decide(comparison: Record | None, sparsities: int = SPARSITIES_TO_DECIDE) ->
         return Decision("inconclusive", f"{n_points} sparsities in a sweep; the rule asks for {sparsities}")
     if not comparison["equal_tokens"]:
         return Decision("inconclusive", "the sweeps were trained on different numbers of tokens")
-    low, high = comparison["interval"]
+    return of_interval(comparison["interval"])
+
+
+def of_interval(interval: Sequence[float]) -> Decision:
+    """Of the interval of a ratio of errors."""
+    low, high = interval
     if high < 1:
         return Decision("supports", "the whole interval lies below 1")
     if low > 1:

@@ -145,6 +145,25 @@ _EXAMPLES = (
     Column("feature", "feature"),
     Column("text", "text"),
 )
+_MATCHES = (
+    Column("first", "first"),
+    Column("second", "second"),
+    Column("live features", "live"),
+    Column("matched", "n_matched", "{:,}"),
+    Column("cosine (median)", "cosine", "{:.2f}"),
+    Column("attends over: first / second", "breadth"),
+    Column("second over first, 95%", "breadth_ratio"),
+    Column("key tokens: first / second", "tokens"),
+    Column("second over first, 95%", "tokens_ratio"),
+)
+_PAIRS = (
+    Column("features", "features"),
+    Column("cosine", "cosine", "{:.2f}"),
+    Column("attends over", "breadth"),
+    Column("key tokens", "tokens"),
+    Column("text of the first", "first"),
+    Column("text of the second", "second"),
+)
 _CLEAREST_HEADS = 10
 _SHOWN = 15
 
@@ -227,7 +246,37 @@ def _meaning(meaning: Record) -> Record:
         "numbers": markdown_table(_MEANING, [_numbers(run, found) for run, found in meaning["runs"].items()]),
         "enriched": markdown_table(_ENRICHED, enriched[:_SHOWN]) if enriched else "",
         "examples": markdown_table(_EXAMPLES, examples) if examples else "",
+        "matches": meaning["matches"] and markdown_table(_MATCHES, [_matched(found) for found in meaning["matches"]]),
+        "pairs": [{"title": f"{found['first']} and {found['second']}",
+                   "table": markdown_table(_PAIRS, [_pair(pair) for pair in found["pairs"]])}
+                  for found in _first_of_each(meaning["matches"]) if found["pairs"]],
     })  # fmt: skip
+
+
+def _matched(found: Record) -> Record:
+    row = found | {"live": " / ".join(f"{n:,}" for n in found["n_live"])}
+    for name, measure in found["measures"].items():
+        if measure is not None:
+            low, high = measure["interval"]
+            row |= {name: f"{measure['first']:.2f} / {measure['second']:.2f}",
+                    f"{name}_ratio": f"{measure['ratio']:.2f}, {low:.2f} to {high:.2f}"}  # fmt: skip
+    return row
+
+
+def _pair(pair: Record) -> Record:
+    first, second = (quoted(text) for text in pair["texts"])
+    sides = {name: " / ".join(f"{value:.2f}" for value in pair[name]) for name in ("breadth", "tokens")}
+    return {"features": " / ".join(map(str, pair["features"])), "cosine": pair["cosine"], "first": first,
+            "second": second, **sides}  # fmt: skip
+
+
+def _first_of_each(matches: Sequence[Record]) -> list[Record]:
+    """One seed's pairs are enough for reading: the first of every pair of series."""
+    by_series: dict[str, Record] = {}
+    for found in matches:
+        names = (re.sub(r"-s\d+$", "", found[side]) for side in ("first", "second"))
+        by_series.setdefault("|".join(names), found)
+    return list(by_series.values())
 
 
 def _counted(label: Record | None) -> str | None:

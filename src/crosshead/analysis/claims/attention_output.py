@@ -88,13 +88,13 @@ def _induction_heads(metrics: Record, config: Any) -> Finding | None:
         key="induction-heads",
         title="Induction features on induction heads",
         claim="Induction features are moved by the heads that attend like induction heads.",
-        figure=f"{run}: {_percent(heads['share_on_survey_heads'])} of what its induction features move goes through the "
+        figure=f"{run}: {_percent(heads['share_on_survey_heads'])}{_range(heads['interval'])} of what its induction features move goes through the "
         f"survey's induction heads ({', '.join('{layer}.{head}'.format(**head) for head in heads['survey_heads'])}); "
         f"{found['labels']['induction']['count']} induction features.",
         control=f"All features of the same dictionary: {_percent(heads['expected_share'])}.",
         verdict=verdict,
-        rule=f"Supports when the share is above that of all features at {SEEDS_TO_DECIDE} seeds or more, contradicts when "
-        f"below at all.",
+        rule=f"Supports when the interval of the share over induction features lies above the share of all features at "
+        f"{SEEDS_TO_DECIDE} seeds or more, contradicts when below at every one.",
         reason=reason,
         picture=None,
         commands=commands(metrics, "meaning", "report"),
@@ -102,21 +102,25 @@ def _induction_heads(metrics: Record, config: Any) -> Finding | None:
 
 
 def decide_heads(shares: Sequence[tuple[int, Record]]) -> Decision:
-    """``shares``: seed and ``{share_on_survey_heads, expected_share}`` of every MTC."""
-    known = [
-        (seed, s) for seed, s in shares if s["share_on_survey_heads"] is not None and s["expected_share"] is not None
-    ]
+    """``shares``: seed and ``{interval, expected_share}`` of every MTC."""
+    known = [(seed, s) for seed, s in shares if s["interval"] is not None and s["expected_share"] is not None]
     seeds = {seed for seed, _ in known}
     if (few := too_few(len(seeds))) is not None:
         return few
-    above = [s["share_on_survey_heads"] > s["expected_share"] for _, s in known]
+    above = [s["interval"][0] > s["expected_share"] for _, s in known]
     if all(above):
-        return Decision("supports", "above at every seed")
-    return Decision("inconclusive" if any(above) else "contradicts", f"above at {sum(above)} of {len(above)}")
+        return Decision("supports", "the whole interval lies above at every seed")
+    below = all(s["interval"][1] < s["expected_share"] for _, s in known)
+    return Decision("contradicts" if below else "inconclusive", f"the whole interval lies above at {sum(above)} of "
+                    f"{len(above)} seeds")  # fmt: skip
 
 
 def _share(value: float | None) -> str:
     return "unknown" if value is None else f"{value:.2f}"
+
+
+def _range(interval: Sequence[float] | None) -> str:
+    return "" if interval is None else f" (95% over them {interval[0]:.0%} to {interval[1]:.0%})"
 
 
 def _percent(value: float | None) -> str:

@@ -104,7 +104,7 @@ def _interpretability(metrics: Record, config: Any) -> Finding | None:
         title="QK/OV coupling, interpretability",
         claim="SAE features moved through a single-head MTC decoder attend more broadly or are more polysemantic than the "
         "features of a Top-1 MTC.",
-        figure=f"{meaning_text(joint)}.",
+        figure=f"{meaning_text(joint)}.{_matched_text(metrics, config.top1, config.joint_top1)}",
         control=f"{meaning_text(top1)}.",
         verdict=verdict,
         rule="Supports when the joint model's features are less predictable from two tokens on both sides at three "
@@ -113,3 +113,17 @@ def _interpretability(metrics: Record, config: Any) -> Finding | None:
         picture=None,
         commands=commands(metrics, "meaning", "report"),
     )
+
+
+def _matched_text(metrics: Record, first: str, second: str) -> str:
+    """What differs between features that both dictionaries have; empty where they were not matched."""
+    series = {row["run"]: row["series"] for row in metrics["frontier"]}
+    for found in (metrics["meaning"] or {}).get("matches", []):
+        if (series.get(found["first"]), series.get(found["second"])) == (first, second) and found["n_matched"]:
+            changes = [f"{label} {measure['ratio']:.2f} times ({low:.2f} to {high:.2f})"
+                       for label, measure in (("breadth of attention", found["measures"]["breadth"]),
+                                              ("key tokens", found["measures"]["tokens"]))
+                       if measure is not None for low, high in (measure["interval"],)]  # fmt: skip
+            return (f" The {found['n_matched']:,} features that {found['first']} and {found['second']} share: second over "
+                    f"first, {', '.join(changes)}.")  # fmt: skip
+    return ""

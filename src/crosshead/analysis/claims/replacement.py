@@ -14,6 +14,7 @@ from crosshead.analysis.rules import (
     Finding,
     Record,
     commands,
+    of_interval,
     too_few,
 )
 
@@ -152,9 +153,4 @@ def decide_width(comparison: Record) -> Decision:
         return few
     if not comparison["equal_tokens"]:
         return Decision("inconclusive", "the layers were trained on different numbers of tokens")
-    low, high = comparison["interval"]
-    if high < 1:
-        return Decision("supports", "the whole interval lies below 1")
-    if low > 1:
-        return Decision("contradicts", "the whole interval lies above 1")
-    return Decision("inconclusive", "the interval holds 1")
+    return of_interval(comparison["interval"])

@@ -71,8 +71,9 @@ def match_features(
 ) -> Record:  # fmt: skip
     """What meaning.json holds of two dictionaries: how many features match, what differs, and some pairs for reading.
 
-    ``{first, second, n_live, n_matched, cosine, measures, pairs}``; of a measure, ``ratio`` is the median over pairs of second over first, with its bootstrap interval. Pairs for reading are spread
-    evenly over the matched ones, from the most similar to the least.
+    ``{first, second, n_live, n_matched, cosine, measures, pairs}``; of a measure, ``ratio`` is the median over pairs of
+    second over first, with its bootstrap interval. Pairs for reading are spread evenly over the matched ones, from the
+    most similar to the least.
     """
     own, other, cosine = matched_pairs(first, second, threshold)
     measured = {

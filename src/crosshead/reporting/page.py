@@ -11,6 +11,9 @@ from crosshead.reporting.render import anchor
 
 __all__ = ["render_html"]
 
+_LONG = 40
+"""Characters from which a cell of a table may break into lines."""
+
 
 def render_html(markdown: str, figures: Path) -> str:
     """One page with nothing outside it: pictures become data URIs, tables scroll, numbers align to the right."""
@@ -50,11 +53,9 @@ class _Html:
         kinds = ["number" if cell.endswith(":") else "text" for cell in rows[1]]
         head = "".join(f'<th class="{k}">{self._inline(c)}</th>' for k, c in zip(kinds, rows[0], strict=True))
         body = "".join(
-            "<tr>"
-            + "".join(f'<td class="{k}">{self._inline(c)}</td>' for k, c in zip(kinds, row, strict=True))
-            + "</tr>"
-            for row in rows[2:]
-        )
+            "<tr>" + "".join(f'<td class="{k}{" long" * (len(c) > _LONG)}">{self._inline(c)}</td>'
+                             for k, c in zip(kinds, row, strict=True)) + "</tr>" for row in rows[2:]
+        )  # fmt: skip
         return f'<div class="table"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
 
     def _inline(self, text: str) -> str:

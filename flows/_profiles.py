@@ -59,7 +59,7 @@ def _evidence(sections: Sections) -> str:
     sections["nulls"] = {"teacher": "top1-k110-s0", "runs": [f"{run}-s{seed}" for run in null for seed in _SEEDS]}
     sections["planted"] |= {
         "seeds": list(range(10)), "commit_seed": True,
-        "questions": ["recovery", "superposition", "shared_layers", "toys", "phases"],
+        "questions": ["recovery", "superposition", "shared_layers", "toys", "phases"], "phases": {"seeds": 3},
     }  # fmt: skip
     labelled = ("mtc-k60", "top1-k60", "joint-top1-k60", "sae-best-head-k60", "attn-out-k60")
     named = [f"{series}-s{seed}" for series in labelled for seed in _SEEDS]

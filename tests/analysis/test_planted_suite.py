@@ -14,8 +14,8 @@ EASY = PlantedConfig(
 )  # fmt: skip
 QUICK = TrainingConfig(steps=1_200, contexts_per_batch=8, learning_rate=8e-3, evaluate_every=1_000,
                        checkpoint_every=1_000, start_contexts=128)  # fmt: skip
-TINY = {"train_contexts": 48, "heldout_contexts": 16, "context_length": 12, "vocabulary": 8, "d_model": 12,
-        "features": 12, "l0": 1.0, "families": 3, "heads": ["previous_token", "local"]}  # fmt: skip
+TINY = {"train_contexts": 48, "heldout_contexts": 16, "context_length": 12, "vocabulary": 8, "delimiters": 2,
+        "d_model": 12, "features": 12, "l0": 1.0, "families": 3, "heads": ["previous_token", "local"]}  # fmt: skip
 SHORT = {"steps": 8, "contexts_per_batch": 4, "start_contexts": 16, "calibrate_contexts": 16}
 
 
@@ -49,7 +49,8 @@ def tiny(**changes) -> PlantedSuiteConfig:
     sections = {
         "layer": TINY, "training": SHORT, "shared_layers": {"layers": TINY | {"layers": 2}, "features": 12,
         "training": SHORT}, "toys": {"toy": {"steps": 3, "train_contexts": 32, "heldout_contexts": 8}, "features": 16,
-        "training": SHORT}, "phases": {"mixing": [0.0, 1.0], "noise": [0.0], "l0": [1.0], "training": SHORT},
+        "training": SHORT},
+        "phases": {"seeds": 2, "mixing": [0.0, 1.0], "noise": [0.0], "l0": [1.0], "training": SHORT},
         "questions": ["recovery", "superposition", "shared_layers", "toys", "phases"],
     }  # fmt: skip
     return PlantedSuiteConfig.model_validate(sections | changes)
@@ -68,9 +69,8 @@ def test_every_question_has_its_rows(finished):
         counts[row["question"], row["seed"]] = counts.get((row["question"], row["seed"]), 0) + 1
     derived = found["commit_seed"]
     assert found["seeds"] == [0, derived]
-    per_seed = {"recovery": 4, "superposition": 2, "shared_layers": 3, "toys": 2}
-    assert counts == {(question, seed): n for question, n in per_seed.items() for seed in (0, derived)} | {
-        ("phases", 0): 2}  # fmt: skip
+    per_seed = {"recovery": 4, "superposition": 2, "shared_layers": 3, "toys": 2, "phases": 2}
+    assert counts == {(question, seed): n for question, n in per_seed.items() for seed in (0, derived)}
 
 
 def test_finished_trials_are_not_run_again(finished, monkeypatch):

@@ -84,6 +84,9 @@ class Phases(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
+    seeds: Count = 1
+    """How many of the suite's seeds, from the first on."""
+
     mixing: tuple[Annotated[float, Field(ge=0, le=1)], ...] = (0.0, 0.3, 1.0)
     """From one head to all."""
     noise: tuple[Annotated[float, Field(ge=0)], ...] = (0.0, 0.3)
@@ -153,7 +156,7 @@ def run_suite(config: PlantedSuiteConfig, work: Path, commit: str | None = None)
     seeds = [*config.seeds, *([] if derived is None or derived in config.seeds else [derived])]
     rows = [row for seed in seeds for row in _rows_of_seed(config, seed, work)]
     if "phases" in config.questions:
-        rows += list(_phases(config, seeds[0], work))
+        rows += [row for seed in seeds[: config.phases.seeds] for row in _phases(config, seed, work)]
     return {"rows": rows, "seeds": seeds, "commit_seed": derived}
 
 

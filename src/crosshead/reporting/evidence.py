@@ -1,6 +1,6 @@
 """Figures of nulls and planted truth, from the report's numbers alone."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,15 +50,15 @@ def ov_dimensions(clusters: Sequence[Record], path: Path) -> None:
 
 
 def planted_phases(rows: Sequence[Record], path: Path) -> None:
-    """Share of planted features that an MTC recovers, over mixing and noise, one map per number of active features."""
+    """Share of planted features that an MTC recovers, mean over seeds, by mixing and noise; a map per density."""
     with mpl.rc_context(STYLE):
         mixing, noise, active = (sorted({row[key] for row in rows}) for key in ("mixing", "noise", "planted_l0"))
         figure = Figure(figsize=(3.6 * len(active) + 0.8, 3.4))
         for i, level in enumerate(active):
             axes = figure.add_subplot(1, len(active), i + 1)
             own = [row for row in rows if row["planted_l0"] == level]
-            found = {(row["mixing"], row["noise"]): row["share_recovered"] for row in own}
-            grid = [[found.get((m, n), float("nan")) for m in mixing] for n in noise]
+            grid = [[_mean(row["share_recovered"] for row in own if (row["mixing"], row["noise"]) == (m, n))
+                     for m in mixing] for n in noise]  # fmt: skip
             image = axes.imshow(grid, cmap="viridis", vmin=0, vmax=1, aspect="auto", origin="lower")
             axes.grid(visible=False)
             axes.set_xticks(range(len(mixing)), [f"{m:g}" for m in mixing])
@@ -73,3 +73,8 @@ def planted_phases(rows: Sequence[Record], path: Path) -> None:
             figure.colorbar(image, ax=axes, shrink=0.8)
         figure.tight_layout()
         save(figure, path)
+
+
+def _mean(values: Iterable[float]) -> float:
+    known = list(values)
+    return sum(known) / len(known) if known else float("nan")

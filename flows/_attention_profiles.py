@@ -31,15 +31,16 @@ _RANK_ONE: Sections = {
 def evidence_attention_(sections: Sections) -> None:
     """Rank 1 at five sparsities, wide and narrow layers at three seeds, in place; the rest at one seed."""
     laptop = sections["attention_runs"] | {"arl-rank1": _RANK_ONE}
-    laptop["arl-1024"] = laptop["arl-wide"] | {"series": "arl-1024", "features": 1024}
+    base = {"start": "base_qk"}
+    laptop["arl-1024"] = laptop["arl-wide"] | {"series": "arl-1024", "features": 1024, "head_dim": 14} | base
+    laptop["arl-base"] = laptop["arl-narrow"] | {"series": "arl-base"} | base
     runs: Sections = {}
     for seed in _SEEDS:
         for series, (ks, own) in (_EVERY_SEED | (_FIRST_SEED if seed == 0 else {})).items():
             for k in ks:
                 runs[f"{series}-k{k}-s{seed}"] = _qk(series, k, seed, own)
-        for name in (
-            ("arl-wide", "arl-narrow") if seed else ("arl-wide", "arl-narrow", "arl-rank1", "arl-combined", "arl-1024")
-        ):
+        once = () if seed else ("arl-rank1", "arl-combined", "arl-1024", "arl-base")
+        for name in ("arl-wide", "arl-narrow", *once):
             runs[f"{name}-s{seed}"] = laptop[name] | {"seed": seed}
     sections["attention_runs"] = runs
     explain = sections["explain"]
@@ -63,7 +64,7 @@ def gpu_attention_(sections: Sections) -> None:
     sections["attention_runs"]["arl-rank1"] = dict(_RANK_ONE)
     for name, run in sections["attention_runs"].items():
         if "features" in run and name != "arl-narrow":
-            run["features"] = 4 * run["features"]
+            run["features"] = 1024 if name == "arl-wide" else 4 * run["features"]
     sections["attention_runs"] = {
         _four_times(name): run | {"series": _four_times(run["series"])}
         for name, run in sections["attention_runs"].items()

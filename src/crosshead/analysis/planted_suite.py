@@ -112,9 +112,9 @@ class PlantedSuiteConfig(BaseModel):
     """The layer of recovery, superposition and phases; seed and mixing are set by the suite."""
     features_per_true: Count = 3
     """Features of a dictionary for each planted one: some starts end in the same place."""
-    margin: Annotated[float, Field(ge=0, lt=1)] = 0.3
+    margin: Annotated[float, Field(ge=0, lt=1)] = 0.1
     """A layer is superposed where its ratio lies below the null's by more than this share. On layers with one head per
-    feature it lies below as well: the null is made of what Top-1 has found, the layer also of what it has not."""
+    feature it can lie below as well: the null is made of what Top-1 has found, the layer also of what it has not."""
     training: TrainingConfig = _schedule(steps=2_500, learning_rate=8e-3)
     """Of recovery's and superposition's dictionaries."""
     shared_layers: SharedLayers = SharedLayers()

@@ -10,49 +10,63 @@ Sections = dict[str, Any]
 _SEEDS = (0, 1, 2)
 _EVERY_SEED: dict[str, tuple[tuple[int, ...], Sections]] = {
     "qk-rank1": ((4, 8, 16, 32, 64), {}),
-    "qk-features512": ((32,), {"features": 512}),
-}
-_FIRST_SEED: dict[str, tuple[tuple[int, ...], Sections]] = {
     "qk-features512": ((8, 16, 32, 64), {"features": 512}),
     "qk-rank16": ((2, 4, 8, 16), {"rank": 16}),
     "qk-heads": ((8, 16, 32), {"heads": "all", "base": "mean", "features": 512}),
+}
+_FIRST_SEED: dict[str, tuple[tuple[int, ...], Sections]] = {
     "qk-rank2": ((8,), {"rank": 2}),
     "qk-rank4": ((8,), {"rank": 4}),
     "qk-rank8": ((8,), {"rank": 8}),
     "qk-content": ((32,), {"position": "content"}),
     "qk-rotated": ((32,), {"position": "rotated"}),
 }
+_QK_L1 = {"a": 0.2, "b": 0.1, "c": 0.03, "d": 0.01}
+"""Coefficients."""
+_QK_JUMPRELU = (8, 16, 32, 64)
+"""Active features at the start: its thresholds hardly move in so few steps."""
 _RANK_ONE: Sections = {
     "kind": "replacement", "series": "arl-rank1", "family": "attention-replacement", "layers": ["first"],
     "features": 256, "head_dim": 8, "variant": {"kind": "rank_one", "groups": 32, "active": 32},
 }  # fmt: skip
+_SPARSE: Sections = {"lambda_qk": 0.02, "lambda_ov": 0.03, "gates": {"coefficient": 0.1},
+                     "pattern": {"kind": "entropy", "coefficient": 1.0}}  # fmt: skip
+"""Every penalty that a replacement layer has, each a few hundredths of the squared error at the start."""
 
 
 def evidence_attention_(sections: Sections) -> None:
-    """Rank 1 at five sparsities, wide and narrow layers at three seeds, in place; the rest at one seed."""
+    """What a claim is judged by at three seeds, in place; variants of it at one."""
     laptop = sections["attention_runs"] | {"arl-rank1": _RANK_ONE}
     base = {"start": "base_qk"}
     laptop["arl-1024"] = laptop["arl-wide"] | {"series": "arl-1024", "features": 1024, "head_dim": 14} | base
+    laptop["arl-sparse"] = laptop["arl-wide"] | {"series": "arl-sparse"} | _SPARSE
     laptop["arl-base"] = laptop["arl-narrow"] | {"series": "arl-base"} | base
     runs: Sections = {}
     for seed in _SEEDS:
         for series, (ks, own) in (_EVERY_SEED | (_FIRST_SEED if seed == 0 else {})).items():
             for k in ks:
-                runs[f"{series}-k{k}-s{seed}"] = _qk(series, k, seed, own)
-        once = () if seed else ("arl-rank1", "arl-combined", "arl-1024", "arl-base")
+                runs[f"{series}-k{k}-s{seed}"] = _qk(series, seed, {"kind": "batch_topk", "k": k}, own)
+        once = () if seed else ("arl-rank1", "arl-combined", "arl-1024", "arl-base", "arl-sparse")
         for name in ("arl-wide", "arl-narrow", *once):
             runs[f"{name}-s{seed}"] = laptop[name] | {"seed": seed}
+    for name, coefficient in _QK_L1.items():
+        sparsity = {"kind": "l1", "coefficient": coefficient, "start_l0": 40}
+        runs[f"qk-l1-{name}-s0"] = _qk("qk-l1", 0, sparsity, {})
+    for start in _QK_JUMPRELU:
+        sparsity = {"kind": "jumprelu", "coefficient": 0.03, "start_l0": start}
+        runs[f"qk-jumprelu-{start}-s0"] = _qk("qk-jumprelu", 0, sparsity, {})
     sections["attention_runs"] = runs
     explain = sections["explain"]
     explain["runs"] = ["qk-rank1-k32-s0", *(f"qk-features512-k32-s{seed}" for seed in _SEEDS)]
     explain["decisions"] = [decision | {"run": "qk-rank1-k32-s0"} for decision in explain["decisions"]]
     coded = [f"{name}-s0" for name in ("arl-rank1", *sections["replacements"]["codes_of"])]
-    sections["replacements"] |= {"heads_of": ["arl-wide-s0"], "codes_of": coded}
+    wide = [f"arl-wide-s{seed}" for seed in _SEEDS]
+    sections["replacements"] |= {"heads_of": wide, "codes_of": [*coded, "arl-sparse-s0"]}
 
 
-def _qk(series: str, k: int, seed: int, own: Sections) -> Sections:
+def _qk(series: str, seed: int, sparsity: Sections, own: Sections) -> Sections:
     return {"kind": "qk_diagonal", "series": series, "family": "qk-diagonalization", "layers": ["first"], "seed": seed,
-            "sparsity": {"kind": "batch_topk", "k": k}, **own}  # fmt: skip
+            "sparsity": sparsity, **own}  # fmt: skip
 
 
 def gpu_attention_(sections: Sections) -> None:

@@ -90,6 +90,9 @@ WRONG = {
     "null of a run that is none": (
         "nulls.teacher", "top1-k6", "nulls.teacher names 'top1-k6', which is not under runs; did you mean 'top1-k60'?"
     ),
+    "a match of a run that is not described": (
+        "meaning.matched", [["mtc-k60", "mtc-k20"]], "meaning.matched names 'mtc-k20', which is not under meaning.runs"
+    ),
     "meaning of a run that is none": ("meaning.runs", ["mct-k60"], "meaning.runs names 'mct-k60'"),
     "control without its site": (
         "harvest.sites", [{"layer": "first", "names": ["resid_in", "q", "k", "v", "attn_out"]},
@@ -284,6 +287,7 @@ def test_an_architecture_itself_says_which_sites_it_reads(tmp_path: Path, sectio
     sections["attention_runs"] = {"qk-rank1-k4": sections["attention_runs"]["qk-rank1-k4"]}
     sections["replacements"] |= {"heads_of": [], "codes_of": ["heads"]}
     sections["clusters"]["runs"] = sections["meaning"]["runs"] = ["heads"]
+    sections["meaning"]["matched"] = []
     sections["nulls"] = {"teacher": "heads", "runs": ["heads"]}
     assert "lacks" not in (message := fault(tmp_path, sections))
     assert message.endswith("nulls.runs names 'heads', a attn_out_sae; name runs of mtc only")

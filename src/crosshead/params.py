@@ -224,6 +224,10 @@ def _of_another_kind(found: Mapping[str, Any], path: Path | str) -> list[str]:
         named, runs = getattr(found[section], key) if section in found else (), found.get(where, {})
         faults += [f"{path}: {section}.{key} names {name!r}, a {runs[name].kind}; name runs of {kind} only"
                    for name in named if name in runs and runs[name].kind != kind]  # fmt: skip
+    if "meaning" in found and set(found["meaning"].runs) <= found.get("runs", {}).keys():
+        meaning = found["meaning"]
+        faults += [f"{path}: meaning.matched names {name!r}, which is not under meaning.runs; add it there"
+                   for pair in meaning.matched for name in pair if name not in meaning.runs]  # fmt: skip
     if "explain" in found:
         explain = found["explain"]
         faults += [f"{path}: explain.decisions names {decision.run!r}, which is not under explain.runs; add it there"

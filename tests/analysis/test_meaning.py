@@ -104,9 +104,10 @@ def test_two_dictionaries_of_one_kind_are_matched(document):
     assert len(found["pairs"]) == min(8, found["n_matched"])
 
 
-def test_a_matched_run_that_is_not_described_is_refused():
-    with pytest.raises(ValueError, match="matched names 'other', which is not among runs"):
-        MeaningConfig(runs=("mtc",), matched=(("mtc", "other"),))
+def test_a_matched_run_that_is_not_described_is_refused(setting):
+    config = CONFIG.model_copy(update={"matched": (("mtc", "other"),)})
+    with pytest.raises(ValueError, match=r"meaning\.matched names 'other', which is not under meaning\.runs"):
+        describe(*setting, config)
 
 
 def test_contexts_longer_than_the_model_allows_are_refused(setting):

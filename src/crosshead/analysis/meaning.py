@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from jaxtyping import Bool
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from crosshead.activations.base_model import LanguageModel
@@ -90,13 +90,6 @@ class MeaningConfig(BaseModel):
     """Uniform samples behind the p-value of the dip."""
     seed: Annotated[int, Field(ge=0)] = 0
     """Fixes random tokens, lists, samples and nulls."""
-
-    @model_validator(mode="after")
-    def _matched_are_described(self) -> "MeaningConfig":
-        for run in (run for pair in self.matched for run in pair):
-            if run not in self.runs:
-                raise ValueError(f"matched names {run!r}, which is not among runs; add it there")
-        return self
 
 
 class Subject(NamedTuple):
@@ -184,9 +177,12 @@ def describe(
 ) -> Record:
     """The content of meaning.json (docs/meaning.md has the schema). ``survey`` has one record per head.
 
-    ValueError where the cache lacks a site that a dictionary's moves need, for an architecture without known moves, or
-    contexts longer than the model allows.
+    ValueError where the cache lacks a site that a dictionary's moves need, for an architecture without known moves,
+    contexts longer than the model allows, or a pair to match that is not described.
     """
+    described = {subject.name for subject in subjects}
+    for run in (run for pair in config.matched for run in pair if run not in described):
+        raise ValueError(f"meaning.matched names {run!r}, which is not under meaning.runs; add it there")
     weights = cache.weights()
     everywhere = {subject.name: mover_of(subject.module, weights) for subject in subjects}
     sites = tuple(dict.fromkeys(site for mover in everywhere.values() for site in mover.sites))

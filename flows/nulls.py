@@ -20,7 +20,7 @@ def nulls(stage: Stage) -> None:
     device = stage.section("machine", Machine).prepare()
     config = run.dictionary_config(read_json(stage.data / "survey" / "layers.json"))
     home = stage.data / "null_target"
-    teacher = load_dictionary(stage.data / "runs" / read_json(home / "target.json")["teacher"]).to(device)
+    teacher = load_dictionary(stage.data / "runs" / read_json(home / "target.json")["teacher"])
     planted = PlantedSource(open_cache(stage, device), teacher, home)
     _check_target(stage, run, config, planted)
     module = build(config, planted.dims)
@@ -47,8 +47,9 @@ def _read_run(stage: Stage) -> Run:
     if stage.run is None:
         raise ValueError(f"name a run of {stage.source}: --run <an entry of nulls.runs>")
     entry = stage.sections["runs"][stage.run]
-    defaults = (stage.sections.get("dictionaries") or {}).get(entry["kind"])
-    run = read_run(stage.run, entry, defaults or {}, stage.sections.get("training") or {}, stage.source)
+    kind = entry.get("kind") if isinstance(entry, dict) else None
+    defaults = (stage.sections.get("dictionaries") or {}).get(kind) or {}
+    run = read_run(stage.run, entry, defaults, stage.sections.get("training") or {}, stage.source)
     return run.model_copy(update={"seed": run.seed + SEED_OFFSET})
 
 

@@ -4,8 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from crosshead.analysis.findings import ReportConfig, collect
-from crosshead.analysis.frontiers import sum_points
-from crosshead.analysis.one_head import null_record
+from crosshead.analysis.frontiers import null_record, sum_points
 from crosshead.analysis.verdicts import judge
 from crosshead.io.files import atomic_directory, read_json, write_json, write_text
 from crosshead.reporting import attention_figures, evidence, figures

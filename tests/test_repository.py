@@ -91,6 +91,14 @@ def test_an_attention_training_depends_on_what_its_own_kind_runs(graph):
         assert set(homes.values()) & stems == {homes[kind]}
 
 
+def test_nulls_depend_on_what_mtcs_run(graph):
+    assert "${paths.data}/code/nulls.json" in definition("nulls")["deps"]
+    listed = training_closure("nulls", graph)
+    assert set(listed) <= set(code("code"))
+    assert "flows/nulls.py" in listed
+    assert set(KINDS) & {Path(file).stem for file in listed if "/dictionaries/" in file} == {"mtc"}
+
+
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_stage_runs_from_the_root_and_leaves_earlier_outputs_alone(stage: str):
     found = definition(stage)

@@ -218,10 +218,12 @@ def _of_another_kind(found: Mapping[str, Any], path: Path | str) -> list[str]:
     """Runs of a kind that a stage is not made for."""
     faults: list[str] = []
     for section, key, kind, where in (
-        ("nulls", "runs", "mtc", "runs"), ("explain", "runs", "qk_diagonal", "attention_runs"),
+        ("nulls", "runs", "mtc", "runs"), ("nulls", "teacher", "mtc", "runs"),
+        ("explain", "runs", "qk_diagonal", "attention_runs"),
         ("replacements", "heads_of", "replacement", "attention_runs"),
     ):  # fmt: skip
         named, runs = getattr(found[section], key) if section in found else (), found.get(where, {})
+        named = (named,) if isinstance(named, str) else named
         faults += [f"{path}: {section}.{key} names {name!r}, a {runs[name].kind}; name runs of {kind} only"
                    for name in named if name in runs and runs[name].kind != kind]  # fmt: skip
     if "meaning" in found and set(found["meaning"].runs) <= found.get("runs", {}).keys():

@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 
-from crosshead.analysis.one_head import null_record
+from crosshead.analysis.frontiers import null_record
 
 NOISE = np.random.default_rng(0).uniform(0.8, 1.2, 12)
 
@@ -131,8 +131,9 @@ def evidence() -> dict[str, Any]:
          "found": True, "share_recovered": 0.9},
         {"question": "toys", "toy": "skip-trigram", "seed": 0, "accuracy": 0.99, "ratio": 0.7, "null_ratio": 0.97,
          "superposed": True},
-        *({"question": "phases", "mixing": m, "noise": n, "planted_l0": 8, "share_recovered": 0.5 + m / 4 - n / 4}
-          for m in (0.0, 1.0) for n in (0.0, 0.5)),
+        *({"question": "phases", "seed": seed, "mixing": m, "noise": n, "planted_l0": 8,
+           "share_recovered": 0.5 + m / 4 - n / 4 + seed / 10}
+          for m in (0.0, 1.0) for n in (0.0, 0.5) for seed in (0, 1)),
     ]  # fmt: skip
     return {
         "nulls": null_record({"teacher": "top1-110", "teacher_normalised_mse": 0.1, "noise_share": 0.1}, rows),

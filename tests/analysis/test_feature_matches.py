@@ -92,6 +92,17 @@ def test_the_record_compares_pairs_not_dictionaries():
         assert pair["texts"][0] == pair["texts"][1] != ""
 
 
+def test_a_feature_that_fires_and_moves_nothing_is_no_match():
+    module, found = measure("mtc/topk")
+    own, _, _ = matched_pairs(found, found, 0.9)
+    with torch.no_grad():
+        module.loadings[:, int(own[0])] = 0.0
+    silent = look(module)
+    assert silent.firings[int(own[0])] > 0
+    assert matched_pairs(found, silent, 0.9)[0].tolist() == own[1:].tolist()
+    assert matched_pairs(silent, found, 0.9)[1].tolist() == own[1:].tolist()
+
+
 def test_dictionaries_read_at_different_ends_are_refused():
     _, first = measure("mtc/topk")
     _, second = measure("attn_out_sae/topk")

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from crosshead.activations.cache import ActivationCache
+from crosshead.analysis import meaning
 from crosshead.analysis.enrichment import EnrichmentConfig
 from crosshead.analysis.labels import LabelConfig
 from crosshead.analysis.meaning import MeaningConfig, Subject, describe
@@ -95,6 +96,16 @@ def test_mass_of_heads_adds_up_and_the_survey_names_the_induction_heads(document
     assert 0 < heads["expected_share"] < 1
     if heads["interval"] is not None:
         assert heads["interval"][0] <= heads["share_on_survey_heads"] <= heads["interval"][1]
+
+
+def test_the_interval_of_a_share_is_that_of_resampled_features():
+    whole = np.arange(1.0, 31.0)
+    same = meaning._share_interval(0.25 * whole, whole, CONFIG)
+    assert same == pytest.approx([0.25, 0.25])
+    part = whole * (np.arange(30) % 2)
+    low, high = meaning._share_interval(part, whole, CONFIG)
+    assert low < part.sum() / whole.sum() < high
+    assert meaning._share_interval(part[:9], whole[:9], CONFIG) is None
 
 
 def test_two_dictionaries_of_one_kind_are_matched(document):

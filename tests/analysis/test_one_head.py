@@ -9,7 +9,8 @@ from crosshead.activations.batches import Batches
 from crosshead.activations.cache import ActivationCache
 from crosshead.analysis import one_head
 from crosshead.analysis.evaluation import EvaluationConfig, evaluate
-from crosshead.analysis.one_head import NullConfig, PlantedSource, null_record, null_row
+from crosshead.analysis.frontiers import null_record
+from crosshead.analysis.one_head import NullConfig, PlantedSource, null_row
 from crosshead.dictionaries.base import Batch, Site
 from crosshead.dictionaries.registry import build, config_class
 from crosshead.training.fit import TrainingConfig, fit

@@ -4,14 +4,14 @@ import pytest
 
 from crosshead.analysis.claims.attention_output import decide_heads, decide_labels
 from crosshead.analysis.claims.clusters import decide_dimensions, decide_power_law, decide_semantic
-from crosshead.analysis.claims.coupling import decide_joint
+from crosshead.analysis.claims.coupling import _matched_text, decide_joint
 from crosshead.analysis.claims.layers import decide_layers
 from crosshead.analysis.claims.planted import decide_planted
 from crosshead.analysis.claims.superposition import decide_interpretability, decide_superposition
 from crosshead.analysis.findings import ReportConfig, collect
 from crosshead.analysis.rules import both_regimes, decide
 from crosshead.analysis.verdicts import judge
-from tests.analysis.records import documents, record
+from tests.analysis.records import documents, evidence, record
 
 CONFIG = ReportConfig()
 
@@ -215,8 +215,19 @@ def test_attention_output_needs_both_kinds_and_induction_features_their_heads():
     assert decide_heads(shares(0.9, 0.8, 0.7)).verdict == "supports"
     assert decide_heads(shares(0.9, 0.8, 0.55)).verdict == "inconclusive"
     assert decide_heads(shares(0.1, 0.2, 0.45)).verdict == "inconclusive"
-    assert decide_heads(shares(0.1, 0.2, 0.3)).verdict == "contradicts"
+    assert decide_heads(shares(0.1, 0.2, 0.3)) == ("contradicts", "the whole interval lies below at every seed")
     assert decide_heads(shares(0.9, None, None)).verdict == "inconclusive"
+
+
+def test_matched_features_are_told_in_words_of_the_two_runs():
+    metrics = documents((0,)) | evidence()
+    metrics["frontier"] = [{"run": "top1-60", "series": "top1"}, {"run": "mtc-60", "series": "mtc"}]
+    assert _matched_text(metrics, "top1", "mtc") == (
+        " On the 40 features that top1-60 has as well, mtc-60 against it: breadth of attention 1.20 times (1.10 to "
+        "1.30) (median of the ratio, 95% over features).")  # fmt: skip
+    assert _matched_text(metrics, "mtc", "top1") == ""
+    metrics["meaning"]["matches"][0]["measures"] = {"breadth": None, "tokens": None}
+    assert _matched_text(metrics, "top1", "mtc") == ""
 
 
 def heads(null: float | None, spread: float = 2.0, dose=(1.2, 1.1, 1.05)):

@@ -94,6 +94,13 @@ def test_fixed_assignment_with_many_heads_is_refused():
         )
 
 
+def test_a_choice_of_movers_that_ends_before_it_begins_is_refused():
+    with pytest.raises(ValueError, match=r"selection begins at 0.5 and ends at 0.4; it has to end later"):
+        config_class("mtc").model_validate(
+            {"kind": "mtc", "layers": [2], "features": 8, "selection": [0.5, 0.4], "sparsity": {"kind": "topk", "k": 2}}
+        )
+
+
 def test_more_heads_per_feature_than_movers_is_refused():
     config = config_class("mtc").model_validate(
         {"kind": "mtc", "layers": [2], "features": 8, "heads_per_feature": 6, "sparsity": {"kind": "topk", "k": 2}}

@@ -206,9 +206,10 @@ def kill_in_new_stage(findings: Findings, params: Params, chance: random.Random,
 
 def steps_done(findings: Findings, params: Params) -> str:
     """How far the stage had come, in steps, if it is a training."""
-    if not findings.stage.startswith("train@"):
-        return "which has no steps"
-    total = params.runs[findings.stage.removeprefix("train@")].schedule.steps
+    kind, _, run = findings.stage.partition("@")
+    if kind not in ("train", "nulls"):
+        return "which has no steps that are known here"
+    total = params.runs[run].schedule.steps
     return f"last checkpoint at step {last_checkpoint(findings.directory, findings.begun)} of {total}"
 
 

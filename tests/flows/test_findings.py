@@ -144,22 +144,20 @@ def test_a_stage_with_wrong_parameters_is_tried_once(repository: Path):
 
 
 def test_sigterm_ends_flow_dvc_and_stage_and_says_so_once(repository: Path):
-    Path("dvc.yaml").write_text(PIPELINE.replace("${item} 4", "${item} 60"))
+    Path("dvc.yaml").write_text(PIPELINE.replace("${item} 4", "${item} 900"))
     environment = os.environ | {"PREFECT_API_URL": PREFECT_API_URL.value(), "PYTHONPATH": str(ROOT)}
     process = subprocess.Popen([sys.executable, "-m", "flows.findings"], env=environment, stdout=subprocess.PIPE,
                                stderr=subprocess.STDOUT, text=True)  # fmt: skip
-    deadline = time.monotonic() + 90
+    deadline = time.monotonic() + 300
     while not Path("pid-a").exists() and not Path("pid-b").exists() and not Path("pid-c").exists():
         assert process.poll() is None
         assert time.monotonic() < deadline
         time.sleep(0.1)
     stage = next(path for path in (Path(f"pid-{name}") for name in "abc") if path.exists())
     time.sleep(0.5)
-    begin = time.monotonic()
     process.terminate()
-    output = process.communicate(timeout=50)[0]
+    output = process.communicate(timeout=300)[0]  # a third of what the stage takes: it is not waited for
     assert process.returncode == 130
-    assert time.monotonic() - begin < 40, "the stage was waited for"
     assert output.count("interrupted; run the same command to go on") == 1
     with pytest.raises(ProcessLookupError):
         os.kill(int(stage.read_text()), 0)

@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from crosshead.activations.cache import ActivationCache
-from crosshead.analysis.one_head import SEED_OFFSET, null_record
+from crosshead.analysis.frontiers import null_record
+from crosshead.analysis.one_head import SEED_OFFSET
 from crosshead.io.files import write_json
 from flows import null_target as target
 from flows import nulls as flow

@@ -48,6 +48,12 @@ def test_clusters_by_density_and_examples_stand_beside_their_rivals(report):
     assert seen == sorted(seen, key=list(dict.fromkeys(seen)).index), "a label's rows stand together"
 
 
+def test_cells_of_a_table_break_where_they_are_long(tmp_path):
+    rows = "| a | b |\n|---|---|\n| " + "x" * 40 + " | " + "y" * 41 + " |"
+    page = render_html(f"# T\n\n{rows}", tmp_path)
+    assert f'<td class="text">{"x" * 40}</td><td class="text long">{"y" * 41}</td>' in page
+
+
 def test_matched_features_stand_side_by_side(report):
     assert "| top1-60 | mtc-60 | 100 / 90 | 40 | 0.85 | 4.00 / 5.00 | 1.20, 1.10 to 1.30 |" in report[1]
     assert "| 3 / 7 | 0.90 | 4.00 / 5.00 | 2.00 / 2.50 | `a / b` | `c` |" in report[1]

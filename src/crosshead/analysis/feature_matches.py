@@ -6,8 +6,8 @@ The similarity of two features is the cosine of their activations over all ancho
 other's most similar feature and the cosine is at least a threshold. What differs within matched pairs is not a matter
 of which features a dictionary has spent its budget on, as a difference between medians over all features is.
 
-Two numbers are compared: the breadth of attention (``moved.Moved.breadth``), and the effective number of key tokens,
-exp of the entropy of a feature's mass over the tokens it moves from, a proxy of polysemanticity. Design choices.
+Two numbers are compared: the breadth of attention (``moved.Moved.breadth``), and the effective number of tokens, exp of
+the entropy of a feature's mass over the tokens at which it fires, a proxy of polysemanticity. Design choices.
 """
 
 from typing import Any
@@ -28,7 +28,10 @@ Array = NDArray[Any]
 
 
 def matched_pairs(first: Moved, second: Moved, threshold: float) -> tuple[Array, Array, Array]:
-    """Features of both and their cosines, best first. ValueError for dictionaries read at different ends or texts."""
+    """Features of both that move anything, and their cosines, best first.
+
+    ValueError for dictionaries that are read at different ends of a move or were looked at on different texts.
+    """
     if first.mover.anchored != second.mover.anchored:
         raise ValueError(f"features read at the {first.mover.anchored} and at the {second.mover.anchored} of a move "
                          "cannot be matched by where they fire; name two dictionaries of one kind")  # fmt: skip
@@ -37,7 +40,8 @@ def matched_pairs(first: Moved, second: Moved, threshold: float) -> tuple[Array,
     similar = (_directions(first).T @ _directions(second)).tocsr()
     best, back = (np.asarray(similar.argmax(axis=axis)).ravel() for axis in (1, 0))
     cosine = similar.max(axis=1).toarray().ravel()
-    own = np.flatnonzero((back[best] == np.arange(len(best))) & (cosine >= threshold))
+    moves, other_moves = (found.mass.numpy() > 0 for found in (first, second))
+    own = np.flatnonzero((back[best] == np.arange(len(best))) & (cosine >= threshold) & moves & other_moves[best])
     own = own[np.argsort(-cosine[own], kind="stable")]
     return own, best[own], cosine[own]
 

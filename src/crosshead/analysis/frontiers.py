@@ -14,7 +14,7 @@ against each other by their objective too, squared error plus penalty at equal c
 layers that do not share.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from typing import Any, Literal
 
@@ -24,7 +24,10 @@ from pydantic import BaseModel
 from crosshead.analysis.resampling import DRAWS, Interval, bootstrap_intervals, geometric_mean
 from crosshead.maths.frontier import Point, geometric_mean_ratio, log_interpolate, lower_envelope, overlap
 
-__all__ = ["Comparison", "Part", "compare_objectives", "compare_series", "compare_with_sum", "points_of", "sum_points"]
+__all__ = [
+    "Comparison", "Part", "compare_objectives", "compare_series", "compare_with_sum", "null_record", "points_of",
+    "sum_points",
+]  # fmt: skip
 
 Record = dict[str, Any]
 Range = tuple[float, float]
@@ -233,3 +236,23 @@ def _table(curves: Curves, common: Range | None) -> list[dict[str, float]]:
         if first is not None and second is not None and not any(None in column for column in columns):
             rows.append({"l0": float(l0), "first": first, "second": second})
     return rows
+
+
+def null_record(target: Mapping[str, Any], rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The null as the report holds it.
+
+    ``target`` is what ``target.json`` says of it: teacher_normalised_mse is on the real target, noise_share the
+    teacher's own error on the planted one, the least that a student can reach. ``comparisons`` sets every series with
+    more than one head per feature against the Top-1 rows at equal L0.
+    """
+    one = [row for row in rows if row["heads_per_feature"] == 1]
+    series = dict.fromkeys(row["series"] for row in rows if row["heads_per_feature"] != 1)
+    found = {name: compare_series([row for row in rows if row["series"] == name], one) for name in series}
+    return {
+        **target,
+        "rows": list(rows),
+        "comparisons": {
+            name: comparison.model_dump(mode="json") | {"n_seeds": len(comparison.seed_ratios)}
+            for name, comparison in found.items()
+        },
+    }

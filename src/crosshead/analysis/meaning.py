@@ -47,6 +47,7 @@ __all__ = ["MeaningConfig", "Subject", "describe"]
 Record = dict[str, Any]
 Floats = NDArray[np.float64]
 _CODE = "code"
+_FEWEST = 10
 
 
 class MeaningConfig(BaseModel):
@@ -331,8 +332,11 @@ def _induction_heads(study: _Study, survey: Sequence[Mapping[str, Any]], config:
 
 
 def _share_interval(part: Floats, whole: Floats, config: MeaningConfig) -> list[float] | None:
-    """95% percentile bootstrap interval, over features, of the sum of parts over the sum of wholes."""
-    if not len(part):
+    """95% percentile bootstrap interval, over features, of the sum of parts over the sum of wholes.
+
+    None of fewer than ten features: a resample of so few has too little to vary.
+    """
+    if len(part) < _FEWEST:
         return None
     shape = (config.predictability.bootstraps, len(part))
     draws = np.random.default_rng(config.seed).integers(len(part), size=shape)

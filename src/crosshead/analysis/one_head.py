@@ -12,7 +12,7 @@ what advantage in error (frontiers at equal L0) appear without any superposition
 beyond these. The source asks for no null; design choice.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -25,12 +25,11 @@ from torch import Tensor
 
 from crosshead.activations.cache import ActivationSource
 from crosshead.analysis.evaluation import Evaluation
-from crosshead.analysis.frontiers import compare_series
 from crosshead.dictionaries.base import Batch, Dictionary, Site
 from crosshead.io.files import atomic_path
 from crosshead.training.runs import Run
 
-__all__ = ["SEED_OFFSET", "NullConfig", "PlantedSource", "null_record", "null_row", "planted_target"]
+__all__ = ["SEED_OFFSET", "NullConfig", "PlantedSource", "null_row", "planted_target"]
 
 SEED_OFFSET = 1_000
 """Added to a student's seed: none begins where its teacher did, which would favour it."""
@@ -196,25 +195,5 @@ def null_row(run: Run, module: Dictionary, evaluation: Evaluation) -> dict[str, 
             "normalised_mse": evaluation.normalised_mse,
             "context_squared_error": evaluation.context_squared_error,
             "context_variance": evaluation.context_variance,
-        },
-    }
-
-
-def null_record(target: Mapping[str, Any], rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The null as the report holds it.
-
-    ``target`` is what ``target.json`` says of it: teacher_normalised_mse is on the real target, noise_share the
-    teacher's own error on the planted one, the least that a student can reach. ``comparisons`` sets every series with
-    more than one head per feature against the Top-1 rows at equal L0.
-    """
-    one = [row for row in rows if row["heads_per_feature"] == 1]
-    series = dict.fromkeys(row["series"] for row in rows if row["heads_per_feature"] != 1)
-    found = {name: compare_series([row for row in rows if row["series"] == name], one) for name in series}
-    return {
-        **target,
-        "rows": list(rows),
-        "comparisons": {
-            name: comparison.model_dump(mode="json") | {"n_seeds": len(comparison.seed_ratios)}
-            for name, comparison in found.items()
         },
     }

@@ -7,8 +7,8 @@
     phases          what share of features is recovered over mixing, noise and density?
 
 A layer is called superposed when the MTC's error over a Top-1 MTC's, at equal k, lies below the same ratio on the
-one-head null (``one_head``) by a margin. Below 1 it lies on one-head layers too, because a feature with many loadings
-fits noise better. Design choices; the controls after methods for planted truth in the January 2024 update.
+one-head null (``one_head``) by a margin. Below 1 it can lie on one-head layers too, where the Top-1 MTC settles on
+wrong heads. Design choices; the controls after methods for planted truth in the January 2024 update.
 """
 
 import shutil
@@ -128,6 +128,9 @@ class PlantedSuiteConfig(BaseModel):
             given = getattr(self, name)
             if len(set(given)) < len(given):
                 raise ValueError(f"got {name} {list(given)}; give each once")
+        if self.phases.seeds > len(self.seeds) + self.commit_seed:
+            raise ValueError(f"got phases.seeds={self.phases.seeds} of {len(self.seeds) + self.commit_seed} seeds; "
+                             "lower it")  # fmt: skip
         return self
 
     @property

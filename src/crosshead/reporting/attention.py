@@ -9,7 +9,7 @@ __all__ = ["attention_sections"]
 
 _FEATURES = (
     Column("run", "run"), Column("heads", "heads"), Column("rank", "rank"), Column("position", "position"),
-    Column("features", "features", "{:,}"), Column("pair L0", "l0", "{:.2f}"),
+    Column("features", "features", "{:,}"), Column("sparsity", "chosen_by"), Column("pair L0", "l0", "{:.2f}"),
     Column("query side", "l0_query", "{:.1f}"), Column("key side", "l0_key", "{:.1f}"),
     Column("scores: normalised MSE", "normalised_mse", "{:.4f}"), Column("with first key", "with_first", "{:.4f}"),
     Column("patterns", "pattern", "{:.3f}"), Column("with first key", "pattern_with_first", "{:.3f}"),
@@ -48,7 +48,8 @@ _KEYS = (
 )  # fmt: skip
 _LAYERS = (
     Column("run", "run"), Column("variant", "variant"), Column("heads or features", "features", "{:,}"),
-    Column("width", "head_dim"), Column("parameters", "parameters", "{:,}"),
+    Column("width", "head_dim"), Column("start", "start"), Column("penalties", "penalties"),
+    Column("parameters", "parameters", "{:,}"),
     Column("normalised MSE", "normalised_mse", "{:.4f}"), Column("refitted", "normalised_mse_refit", "{:.4f}"),
     Column("CE recovered (mean)", "ce_recovered", "{:.3f}"), Column("(zero)", "ce_recovered_zero", "{:.3f}"),
     Column("active per position", "l0", "{:.1f}"), Column("alive", "heads_alive", "{:,}"),
@@ -120,11 +121,27 @@ def _feature_row(record: Record) -> Record:
     names = {"pattern": "normalised_mse_pattern", "kl": "kl", "top1": "top1_agreement"}
     with_first = {f"{name}_with_first": measured["keys_with_first"][key] for name, key in names.items()}
     return record | {name: measured["keys"][key] for name, key in names.items()} | with_first | {
-        "heads": _heads(record), "rank": config["rank"], "position": config["position"],
-        "l0_query": measured["l0_query"], "l0_key": measured["l0_key"],
+        "heads": _heads(record), "chosen_by": _sparsity(config.get("sparsity") or {}), "rank": config["rank"],
+        "position": config["position"], "l0_query": measured["l0_query"], "l0_key": measured["l0_key"],
         "with_first": measured["keys_with_first"]["normalised_mse"], "delta_ce": patching.get("delta_ce"),
         "n_patched": patching.get("n_tokens"),
     }  # fmt: skip
+
+
+def _sparsity(sparsity: Record) -> str:
+    """Its kind and what a sweep varies of it."""
+    kind = str(sparsity.get("kind", "")).replace("_", " ")
+    if kind == "jumprelu":
+        return f"{kind} {sparsity['coefficient']:g}, from L0 {sparsity['start_l0']:g}"
+    return f"{kind} {sparsity.get('k', sparsity.get('coefficient', ''))}".strip()
+
+
+def _penalties(config: Record) -> str:
+    """Penalties of a replacement layer that are on, with their coefficients."""
+    named = {"QK": config.get("lambda_qk"), "OV": config.get("lambda_ov"),
+             "gates": (config.get("gates") or {}).get("coefficient"),
+             "patterns": (config.get("pattern") or {}).get("coefficient")}  # fmt: skip
+    return ", ".join(f"{name} {value:g}" for name, value in named.items() if value)
 
 
 def _reference_rows(records: Sequence[Record]) -> list[Record]:
@@ -169,6 +186,8 @@ def _layer_row(record: Record) -> Record:
     measured, config = record["evaluation"], record["config"]
     spreads = {name: measured[name]["median"] for name in ("rank_qk", "rank_ov", "pattern_entropy", "first_token")}
     return record | spreads | {"variant": config["variant"]["kind"].replace("_", " "), "head_dim": config["head_dim"],
+                              "start": str(config.get("start", "random")).replace("_", " "),
+                              "penalties": _penalties(config),
                                "normalised_mse_refit": measured["normalised_mse_refit"],
                                "heads_alive": measured["heads_alive"]}  # fmt: skip
 

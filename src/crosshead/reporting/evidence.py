@@ -53,6 +53,7 @@ def planted_phases(rows: Sequence[Record], path: Path) -> None:
     """Share of planted features that an MTC recovers, mean over seeds, by mixing and noise; a map per density."""
     with mpl.rc_context(STYLE):
         mixing, noise, active = (sorted({row[key] for row in rows}) for key in ("mixing", "noise", "planted_l0"))
+        n_seeds = len({row["seed"] for row in rows})
         figure = Figure(figsize=(3.6 * len(active) + 0.8, 3.4))
         for i, level in enumerate(active):
             axes = figure.add_subplot(1, len(active), i + 1)
@@ -63,7 +64,8 @@ def planted_phases(rows: Sequence[Record], path: Path) -> None:
             axes.grid(visible=False)
             axes.set_xticks(range(len(mixing)), [f"{m:g}" for m in mixing])
             axes.set_yticks(range(len(noise)), [f"{n:g}" for n in noise])
-            axes.set(title=f"{level:g} active features per position", xlabel="mixing over heads (0: one head)")
+            over = "" if n_seeds == 1 else f", mean of {n_seeds} seeds"
+            axes.set(title=f"{level:g} active features per position{over}", xlabel="mixing over heads (0: one head)")
             axes.set_ylabel("noise over signal" if i == 0 else "")
             for y, row in enumerate(grid):
                 for x, value in enumerate(row):

@@ -148,19 +148,19 @@ _EXAMPLES = (
 _MATCHES = (
     Column("first", "first"),
     Column("second", "second"),
-    Column("live features", "live"),
+    Column("active on these texts", "live"),
     Column("matched", "n_matched", "{:,}"),
     Column("cosine (median)", "cosine", "{:.2f}"),
     Column("attends over: first / second", "breadth"),
     Column("second over first, 95%", "breadth_ratio"),
-    Column("key tokens: first / second", "tokens"),
+    Column("tokens: first / second", "tokens"),
     Column("second over first, 95%", "tokens_ratio"),
 )
 _PAIRS = (
     Column("features", "features"),
     Column("cosine", "cosine", "{:.2f}"),
     Column("attends over", "breadth"),
-    Column("key tokens", "tokens"),
+    Column("tokens", "tokens"),
     Column("text of the first", "first"),
     Column("text of the second", "second"),
 )

@@ -93,8 +93,8 @@ def _induction_heads(metrics: Record, config: Any) -> Finding | None:
         f"{found['labels']['induction']['count']} induction features.",
         control=f"All features of the same dictionary: {_percent(heads['expected_share'])}.",
         verdict=verdict,
-        rule=f"Supports when the interval of the share over induction features lies above the share of all features at "
-        f"{SEEDS_TO_DECIDE} seeds or more, contradicts when below at every one.",
+        rule=f"Supports when the interval of the share over induction features (ten or more) lies above the share of all "
+        f"features at {SEEDS_TO_DECIDE} seeds or more, contradicts when below at every one.",
         reason=reason,
         picture=None,
         commands=commands(metrics, "meaning", "report"),
@@ -110,9 +110,9 @@ def decide_heads(shares: Sequence[tuple[int, Record]]) -> Decision:
     above = [s["interval"][0] > s["expected_share"] for _, s in known]
     if all(above):
         return Decision("supports", "the whole interval lies above at every seed")
-    below = all(s["interval"][1] < s["expected_share"] for _, s in known)
-    return Decision("contradicts" if below else "inconclusive", f"the whole interval lies above at {sum(above)} of "
-                    f"{len(above)} seeds")  # fmt: skip
+    if all(s["interval"][1] < s["expected_share"] for _, s in known):
+        return Decision("contradicts", "the whole interval lies below at every seed")
+    return Decision("inconclusive", f"the whole interval lies above at {sum(above)} of {len(above)} seeds")
 
 
 def _share(value: float | None) -> str:
@@ -120,7 +120,7 @@ def _share(value: float | None) -> str:
 
 
 def _range(interval: Sequence[float] | None) -> str:
-    return "" if interval is None else f" (95% over them {interval[0]:.0%} to {interval[1]:.0%})"
+    return "" if interval is None else f" (95% over features {interval[0]:.0%} to {interval[1]:.0%})"
 
 
 def _percent(value: float | None) -> str:

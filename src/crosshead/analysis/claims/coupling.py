@@ -116,14 +116,15 @@ def _interpretability(metrics: Record, config: Any) -> Finding | None:
 
 
 def _matched_text(metrics: Record, first: str, second: str) -> str:
-    """What differs between features that both dictionaries have; empty where they were not matched."""
+    """What differs between features that both dictionaries have; empty where none were matched."""
     series = {row["run"]: row["series"] for row in metrics["frontier"]}
     for found in (metrics["meaning"] or {}).get("matches", []):
-        if (series.get(found["first"]), series.get(found["second"])) == (first, second) and found["n_matched"]:
-            changes = [f"{label} {measure['ratio']:.2f} times ({low:.2f} to {high:.2f})"
-                       for label, measure in (("breadth of attention", found["measures"]["breadth"]),
-                                              ("key tokens", found["measures"]["tokens"]))
-                       if measure is not None for low, high in (measure["interval"],)]  # fmt: skip
-            return (f" The {found['n_matched']:,} features that {found['first']} and {found['second']} share: second over "
-                    f"first, {', '.join(changes)}.")  # fmt: skip
+        if (series.get(found["first"]), series.get(found["second"])) != (first, second):
+            continue
+        named = {"breadth of attention": found["measures"]["breadth"], "tokens": found["measures"]["tokens"]}
+        changes = [f"{label} {measure['ratio']:.2f} times ({measure['interval'][0]:.2f} to {measure['interval'][1]:.2f})"
+                   for label, measure in named.items() if measure is not None]  # fmt: skip
+        if changes:
+            return (f" On the {found['n_matched']:,} features that {found['first']} has as well, {found['second']} against it: "
+                    f"{', '.join(changes)} (median of the ratio, 95% over features).")  # fmt: skip
     return ""

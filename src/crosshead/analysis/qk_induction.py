@@ -11,7 +11,7 @@ features (permuted pairs): a pair counts as a pair when its own key side gives a
 After Jermyn et al., Progress on Attention (2025); the shares and the permutation are design choices.
 """
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from typing import Annotated, Any
 
@@ -195,7 +195,7 @@ def _sides(
     module: Module, read: Sequence[tuple[Batch, Contributions]], feature: int, decode: _Decoder, everywhere: Counter
 ) -> dict[str, Any]:
     """What both sides respond to on text, how alike the query's token and the one before the key are, and examples."""
-    query, key, before, alike = (Counter[str]() for _ in range(4))
+    query, key, before, alike = (defaultdict[str, float](float) for _ in range(4))
     pairs: list[tuple[float, Batch, int, int, int]] = []
     for batch, written in read:
         for c in range(len(batch.mask)):

@@ -51,7 +51,7 @@ def patch_scores(
     Mean scores are those of ``train``.
     """
     means = MeanScores(module, train)
-    totals = dict.fromkeys(("clean", "patched", "mean", "kl"), 0.0)
+    totals: dict[str, float] = dict.fromkeys(("clean", "patched", "mean", "kl"), 0.0)
     n_tokens = 0
     for batch in _contexts(batches, n_contexts):
         predicted = batch.mask[:, :-1]

@@ -12,7 +12,7 @@ what the grain holds of all positions (design choice; after the grains in which 
     broad            none of these
 """
 
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -71,7 +71,7 @@ def _word(text: str) -> str:
 
 def _pieces(ranked: list[tuple[str, float]]) -> list[str]:
     """Runs of letters that hold at least 60% of the mass, longest first."""
-    held: Counter[str] = Counter()
+    held = defaultdict[str, float](float)
     for text, value in ranked:
         word = _word(text)
         runs = {word[i:j] for i in range(len(word)) for j in range(i + 2, min(len(word), i + 8) + 1)}

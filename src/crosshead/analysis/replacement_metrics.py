@@ -170,7 +170,8 @@ def each_pattern(module: Module, batch: Batch) -> Iterable[tuple[slice, Float[Te
     """Patterns of all groups, a few at a time, with the groups they belong to."""
     q, k = module.queries_keys(batch)
     allowed = wide.allowed_keys(batch.mask)
-    size = wide.heads_at_a_time(*batch.mask.shape, q.element_size(), module.config.patterns_mib)
+    n_contexts, n_positions = batch.mask.shape
+    size = wide.heads_at_a_time(n_contexts, n_positions, q.element_size(), module.config.patterns_mib)
     for start in range(0, module.config.groups, size):
         groups = slice(start, min(start + size, module.config.groups))
         yield groups, wide.patterns(q[:, groups], k[:, groups], allowed, module.scale)

@@ -46,7 +46,9 @@ class Positions(nn.Module):
         numbers = (spec.scale, spec.softcap or 0.0, spec.sliding_window or 0, float(spec.rotary_interleaved))
         self.numbers.copy_(torch.tensor(numbers, dtype=torch.float64))
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:
+    def _load_from_state_dict(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, state_dict: dict[str, Any], prefix: str, *arguments: Any
+    ) -> None:
         """Tables have as many rows as the contexts that they were made for: take any shape."""
         for name in ("cos", "sin", "sinks"):
             if prefix + name in state_dict:

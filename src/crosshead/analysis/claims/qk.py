@@ -1,6 +1,6 @@
 """Can attention scores be written as sparse features that interact one with one? QK diagonalization."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from crosshead.analysis.frontiers import compare_series
@@ -256,7 +256,7 @@ def _rank(metrics: Record, records: Sequence[Record]) -> Finding | None:
     )
 
 
-def decide_rank(comparisons: dict[int, Record | None]) -> Decision:
+def decide_rank(comparisons: Mapping[int, Record | None]) -> Decision:
     """The highest rank against rank 1, at equal pair L0."""
     return decide(comparisons[max(comparisons)]) if comparisons else Decision("inconclusive", "no higher rank was run")
 

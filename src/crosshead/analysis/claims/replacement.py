@@ -134,7 +134,7 @@ def compare_widths(wide: Sequence[Record], narrow: Sequence[Record]) -> Record:
         return {"ratio": float("nan"), "interval": None, "n_seeds": 0, "equal_tokens": len(tokens) == 1}
     errors = [{seed: np.asarray(own[seed]["context_squared_error"]) for seed in seeds} for own in by_seed]
 
-    def ratios(seed: int, contexts: np.ndarray) -> list[float | None]:
+    def ratios(seed: int, contexts: np.ndarray) -> list[float]:
         return [float(errors[0][seed][contexts].sum() / errors[1][seed][contexts].sum())]
 
     n_contexts = len(errors[0][seeds[0]])

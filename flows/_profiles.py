@@ -47,7 +47,8 @@ def _inline(value: Any) -> str:
 def _evidence(sections: Sections) -> str:
     """Many small dictionaries: half the laptop's features, one thread for each of two trainings at a time."""
     sections["machine"] |= {"threads": 1}
-    sections["harvest"]["sites"].append({"layer": "adjacent", "names": ["v", "v_shared_input"]})
+    above = [{"layer": layer, "names": ["v", "v_shared_input"]} for layer in ("second", "adjacent")]
+    sections["harvest"]["sites"] = [*sections["harvest"]["sites"][:1], *above]
     sections["training"] |= {"steps": _STEPS}
     for kind, features in _FEATURES.items():
         sections["dictionaries"][kind]["features"] = features

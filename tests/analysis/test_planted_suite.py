@@ -16,6 +16,7 @@ QUICK = TrainingConfig(steps=1_200, contexts_per_batch=8, learning_rate=8e-3, ev
                        checkpoint_every=1_000, start_contexts=128)  # fmt: skip
 TINY = {"train_contexts": 48, "heldout_contexts": 16, "context_length": 12, "vocabulary": 8, "delimiters": 2,
         "d_model": 12, "features": 12, "l0": 1.0, "families": 3, "heads": ["previous_token", "local"]}  # fmt: skip
+PHASES = {"mixing": [0.0, 1.0], "noise": [0.0], "l0": [1.0]}
 SHORT = {"steps": 8, "contexts_per_batch": 4, "start_contexts": 16, "calibrate_contexts": 16}
 
 
@@ -50,9 +51,9 @@ def tiny(**changes) -> PlantedSuiteConfig:
         "layer": TINY, "training": SHORT, "shared_layers": {"layers": TINY | {"layers": 2}, "features": 12,
         "training": SHORT}, "toys": {"toy": {"steps": 3, "train_contexts": 32, "heldout_contexts": 8}, "features": 16,
         "training": SHORT},
-        "phases": {"seeds": 2, "mixing": [0.0, 1.0], "noise": [0.0], "l0": [1.0], "training": SHORT},
         "questions": ["recovery", "superposition", "shared_layers", "toys", "phases"],
     }  # fmt: skip
+    sections |= {"phases": PHASES | {"training": SHORT, "seeds": 1 + changes.get("commit_seed", False)}}
     return PlantedSuiteConfig.model_validate(sections | changes)
 
 

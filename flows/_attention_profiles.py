@@ -38,7 +38,6 @@ def evidence_attention_(sections: Sections) -> None:
     """What a claim is judged by at three seeds, in place; variants of it at one."""
     laptop = sections["attention_runs"] | {"arl-rank1": _RANK_ONE}
     base = {"start": "base_qk"}
-    laptop["arl-1024"] = laptop["arl-wide"] | {"series": "arl-1024", "features": 1024}
     laptop["arl-wide-base"] = laptop["arl-wide"] | {"series": "arl-wide-base"} | base
     laptop["arl-sparse"] = laptop["arl-wide"] | {"series": "arl-sparse"} | _SPARSE
     laptop["arl-narrow-base"] = laptop["arl-narrow"] | {"series": "arl-narrow-base"} | base
@@ -47,9 +46,7 @@ def evidence_attention_(sections: Sections) -> None:
         for series, (ks, own) in (_EVERY_SEED | (_FIRST_SEED if seed == 0 else {})).items():
             for k in ks:
                 runs[f"{series}-k{k}-s{seed}"] = _qk(series, seed, {"kind": "batch_topk", "k": k}, own)
-        once = (
-            () if seed else ("arl-rank1", "arl-combined", "arl-1024", "arl-wide-base", "arl-narrow-base", "arl-sparse")
-        )
+        once = () if seed else ("arl-rank1", "arl-combined", "arl-wide-base", "arl-narrow-base", "arl-sparse")
         for name in ("arl-wide", "arl-narrow", *once):
             runs[f"{name}-s{seed}"] = laptop[name] | {"seed": seed}
     for name, coefficient in _QK_L1.items():

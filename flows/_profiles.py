@@ -77,7 +77,7 @@ def _evidence(sections: Sections) -> str:
 _SEEDS = (0, 1, 2)
 _KS = (15, 30, 60, 110)
 _ABLATED_KS = (30, 110)
-_STEPS = 400
+_STEPS = 320
 _FEATURES = {"mtc": 1024, "joint_mtc": 1024, "sae_best_head": 1024, "attn_out_sae": 1024, "value_sae": 512}
 _BOTH = 2 * _FEATURES["value_sae"]
 _COEFFICIENTS = {"a": 4.0, "b": 2.0, "c": 1.0, "d": 0.5}

@@ -71,7 +71,8 @@ def _pair(
         figure=f"Two-layer over the sum of one-layer SAEs, {'; '.join(figures)}.",
         control=f"{listed}.",
         verdict=verdict,
-        rule="Supports only when the interval lies below 1, control (i) shows no gap in the objective (within 2%), control "
+        rule="Supports only when the interval lies below 1 and the objective by more than 2%, control (i) shows no gap in "
+        "the objective (within 2%), control "
         f"(ii) matches at least one token at {MATCHED:.0%} of positions, and ratio and objective lie below those of "
         "(ii) and (iii) at the same coefficients, without which the gap may be shared input.",
         reason=reason,

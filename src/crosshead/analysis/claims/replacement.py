@@ -109,7 +109,7 @@ def _width(metrics: Record) -> Finding | None:
     return Finding(
         key="replacement-width",
         title="Attention replacement layers: many heads against few",
-        claim="A replacement layer of many narrow heads gets closer to the base layer than one of as many heads as the "
+        claim="A replacement layer of many narrower heads gets closer to the base layer than one of as many heads as the "
         "base layer has, from random starts.",
         figure=f"{first['features']:,} heads over {other['features']}: normalised MSE ratio {comparison['ratio']:.3f} "
         f"({spread}); {first['run']} {first['normalised_mse']:.4f}, {first['evaluation']['heads_alive']:,} alive, "

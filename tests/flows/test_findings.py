@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -143,11 +144,16 @@ def test_a_stage_with_wrong_parameters_is_tried_once(repository: Path):
     assert Path("tries-source").read_text() == "x"
 
 
+def _interruptible() -> None:
+    """Interrupts end the process even where this suite was started in the background, which ignores them."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 def test_sigterm_ends_flow_dvc_and_stage_and_says_so_once(repository: Path):
     Path("dvc.yaml").write_text(PIPELINE.replace("${item} 4", "${item} 900"))
     environment = os.environ | {"PREFECT_API_URL": PREFECT_API_URL.value(), "PYTHONPATH": str(ROOT)}
     process = subprocess.Popen([sys.executable, "-m", "flows.findings"], env=environment, stdout=subprocess.PIPE,
-                               stderr=subprocess.STDOUT, text=True)  # fmt: skip
+                               stderr=subprocess.STDOUT, text=True, preexec_fn=_interruptible)  # fmt: skip
     deadline = time.monotonic() + 300
     while not Path("pid-a").exists() and not Path("pid-b").exists() and not Path("pid-c").exists():
         assert process.poll() is None

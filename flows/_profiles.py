@@ -60,7 +60,8 @@ def _evidence(sections: Sections) -> str:
     sections["nulls"] = {"teacher": "top1-k110-s0", "runs": [f"{run}-s{seed}" for run in null for seed in _SEEDS]}
     sections["planted"] |= {
         "seeds": list(range(10)), "commit_seed": True,
-        "questions": ["recovery", "superposition", "shared_layers", "toys", "phases"], "phases": {"seeds": 3},
+        "questions": ["recovery", "superposition", "shared_layers", "toys", "phases"],
+        "toys": {"seeds": 3}, "phases": {"seeds": 3},
     }  # fmt: skip
     labelled = ("mtc-k60", "top1-k60", "joint-top1-k60", "sae-best-head-k60", "attn-out-k60")
     named = [f"{series}-s{seed}" for series in labelled for seed in _SEEDS]
@@ -77,7 +78,7 @@ def _evidence(sections: Sections) -> str:
 _SEEDS = (0, 1, 2)
 _KS = (15, 30, 60, 110)
 _ABLATED_KS = (30, 110)
-_STEPS = 320
+_STEPS = 240
 _FEATURES = {"mtc": 1024, "joint_mtc": 1024, "sae_best_head": 1024, "attn_out_sae": 1024, "value_sae": 512}
 _BOTH = 2 * _FEATURES["value_sae"]
 _COEFFICIENTS = {"a": 4.0, "b": 2.0, "c": 1.0, "d": 0.5}

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from crosshead.analysis.feature_matches import effective_tokens, match_features, matched_pairs
+from crosshead.analysis.feature_matches import match_features, matched_pairs
 from crosshead.analysis.moved import moved
 from crosshead.analysis.movers import mover_of
 from tests.analysis.test_moved import BATCHES, even, measure
@@ -67,7 +67,7 @@ def test_pairs_are_the_mutually_nearest_of_the_dense_tables():
 
 def test_effective_tokens_are_those_of_the_mass_by_token():
     _, found = measure("mtc/topk")
-    effective, entries = effective_tokens(found), found.entries
+    effective, entries = found.effective_tokens(), found.entries
     for feature in range(len(found.mass)):
         mass: dict[int, float] = {}
         for i in torch.nonzero(entries.feature == feature)[:, 0].tolist():

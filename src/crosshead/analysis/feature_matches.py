@@ -6,14 +6,13 @@ The similarity of two features is the cosine of their activations over all ancho
 other's most similar feature and the cosine is at least a threshold. What differs within matched pairs is not a matter
 of which features a dictionary has spent its budget on, as a difference between medians over all features is.
 
-Two numbers are compared: the breadth of attention (``moved.Moved.breadth``), and the effective number of tokens, exp of
-the entropy of a feature's mass over the tokens at which it fires, a proxy of polysemanticity. Design choices.
+Two numbers are compared: the breadth of attention (``moved.Moved.breadth``), and the effective number of tokens at
+which they fire (``moved.Moved.effective_tokens``), a proxy of polysemanticity. Design choices.
 """
 
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float
 from numpy.typing import NDArray
 from scipy.sparse import csr_array
 
@@ -21,7 +20,7 @@ from crosshead.analysis.examples import largest_moves
 from crosshead.analysis.moved import Moved
 from crosshead.analysis.predictability import median_interval
 
-__all__ = ["effective_tokens", "match_features", "matched_pairs"]
+__all__ = ["match_features", "matched_pairs"]
 
 Record = dict[str, Any]
 Array = NDArray[Any]
@@ -57,18 +56,6 @@ def _directions(found: Moved) -> Any:
     return csr_array((scaled, (rows, columns)), shape=(found.tokens.numel(), n_features))
 
 
-def effective_tokens(found: Moved) -> Float[np.ndarray, " F"]:
-    """Exp of the entropy of a feature's mass over the tokens at its anchors; NaN for features that move nothing."""
-    entries = found.entries
-    token = found.tokens[entries.context, entries.anchor].numpy()
-    (feature, _), place = np.unique(np.stack([entries.feature.numpy(), token]), axis=1, return_inverse=True)
-    mass = np.bincount(place.ravel(), entries.mass.double().numpy(), len(feature))
-    whole = np.bincount(feature, mass, len(found.mass))
-    share = np.divide(mass, whole[feature], out=np.zeros_like(mass), where=whole[feature] > 0)
-    entropy = np.bincount(feature, -share * np.log(np.where(share > 0, share, 1.0)), len(found.mass))
-    return np.where(whole > 0, np.exp(entropy), np.nan)
-
-
 def match_features(
     names: tuple[str, str], first: Moved, second: Moved, tokenizer: Any, *,
     threshold: float, n_shown: int, bootstraps: int, seed: int,
@@ -82,7 +69,7 @@ def match_features(
     own, other, cosine = matched_pairs(first, second, threshold)
     measured = {
         "breadth": (first.breadth()[own], second.breadth()[other]),
-        "tokens": (effective_tokens(first)[own], effective_tokens(second)[other]),
+        "tokens": (first.effective_tokens()[own], second.effective_tokens()[other]),
     }
     chosen = np.unique(np.linspace(0, len(own) - 1, min(n_shown, len(own))).round().astype(int)).tolist()
     return {

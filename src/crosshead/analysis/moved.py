@@ -43,6 +43,16 @@ class Entries(NamedTuple):
     """The other end of its largest move."""
 
 
+class TokenMass(NamedTuple):
+    """Mass by feature and token at the anchor, P pairs in order of feature and token."""
+
+    feature: Int[np.ndarray, " P"]
+    token: Int[np.ndarray, " P"]
+    mass: Float[np.ndarray, " P"]
+    other: Float[np.ndarray, " P"]
+    """Of moves in none of the positional relations."""
+
+
 @dataclass
 class Moved:
     """Sums over contexts (float64, on the CPU). Masses are at counted queries."""
@@ -94,17 +104,29 @@ class Moved:
         """
         if self.mover.anchored != "source":
             return None
+        found = self._by_token()
+        # By feature, then mass; of equal ones the smaller token comes first.
+        order = np.lexsort((found.token, -found.mass, found.feature))
+        features, first = np.unique(found.feature[order], return_index=True)
+        share = np.zeros(len(self.mass))
+        share[features] = found.other[order[first]]
+        return _ratio(share, self.mass.numpy())
+
+    def effective_tokens(self) -> Float[np.ndarray, " F"]:
+        """Exp of the entropy of a feature's mass over the tokens at its anchors; NaN for those that move nothing."""
+        feature, _, mass, _ = self._by_token()
+        whole = np.bincount(feature, mass, len(self.mass))
+        share = np.divide(mass, whole[feature], out=np.zeros_like(mass), where=mass > 0)
+        entropy = np.bincount(feature, -share * np.log(np.where(share > 0, share, 1.0)), len(whole))
+        return np.where(whole > 0, np.exp(entropy), np.nan)
+
+    def _by_token(self) -> TokenMass:
         entries = self.entries
         token = self.tokens[entries.context, entries.anchor].numpy()
         pairs, place = np.unique(np.stack([entries.feature.numpy(), token]), axis=1, return_inverse=True)
         mass, other = (np.bincount(place.ravel(), part.double().numpy(), pairs.shape[1])
                        for part in (entries.mass, entries.other))  # fmt: skip
-        # By feature, then mass; of equal ones the smaller token comes first.
-        order = np.lexsort((pairs[1], -mass, pairs[0]))
-        features, first = np.unique(pairs[0, order], return_index=True)
-        share = np.zeros(len(self.mass))
-        share[features] = other[order[first]]
-        return _ratio(share, self.mass.numpy())
+        return TokenMass(pairs[0], pairs[1], mass, other)
 
     def _column(self, part: int, relation: str) -> Array:
         return self.columns[:, column_slices(self.draws)[part]][:, RELATIONS.index(relation)].numpy()

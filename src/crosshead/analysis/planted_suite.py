@@ -67,6 +67,8 @@ class Toys(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
+    seeds: Count | None = None
+    """How many of the suite's seeds, from the first on; None means all."""
     kinds: tuple[ToyKind, ...] = get_args(ToyKind)
     """Which ones."""
     toy: ToyConfig = ToyConfig()
@@ -86,7 +88,6 @@ class Phases(BaseModel):
 
     seeds: Count = 1
     """How many of the suite's seeds, from the first on."""
-
     mixing: tuple[Annotated[float, Field(ge=0, le=1)], ...] = (0.0, 0.3, 1.0)
     """From one head to all."""
     noise: tuple[Annotated[float, Field(ge=0)], ...] = (0.0, 0.3)
@@ -128,9 +129,10 @@ class PlantedSuiteConfig(BaseModel):
             given = getattr(self, name)
             if len(set(given)) < len(given):
                 raise ValueError(f"got {name} {list(given)}; give each once")
-        if self.phases.seeds > len(self.seeds) + self.commit_seed:
-            raise ValueError(f"got phases.seeds={self.phases.seeds} of {len(self.seeds) + self.commit_seed} seeds; "
-                             "lower it")  # fmt: skip
+        n_seeds = len(self.seeds) + self.commit_seed
+        for name, wanted in (("toys", self.toys.seeds), ("phases", self.phases.seeds)):
+            if wanted is not None and wanted > n_seeds:
+                raise ValueError(f"got {name}.seeds={wanted} of {n_seeds} seeds; lower it")
         return self
 
     @property
@@ -158,6 +160,10 @@ def run_suite(config: PlantedSuiteConfig, work: Path, commit: str | None = None)
     derived = _commit_seed(commit) if config.commit_seed else None
     seeds = [*config.seeds, *([] if derived is None or derived in config.seeds else [derived])]
     rows = [row for seed in seeds for row in _rows_of_seed(config, seed, work)]
+    if "toys" in config.questions:
+        rows += [
+            _toy_row(config, kind, seed, work) for seed in seeds[: config.toys.seeds] for kind in config.toys.kinds
+        ]
     if "phases" in config.questions:
         rows += [row for seed in seeds[: config.phases.seeds] for row in _phases(config, seed, work)]
     return {"rows": rows, "seeds": seeds, "commit_seed": derived}
@@ -188,9 +194,6 @@ def _rows_of_seed(config: PlantedSuiteConfig, seed: int, work: Path) -> Iterator
     if "shared_layers" in questions:
         for case in _SHARED:
             yield _shared_row(config, case, seed, work)
-    if "toys" in questions:
-        for kind in config.toys.kinds:
-            yield _toy_row(config, kind, seed, work)
 
 
 def _layer_rows(

@@ -210,8 +210,11 @@ class Moving(OneLayer):
             to_feature = pattern.new_zeros(n_positions, self.config.features)
             for part in torch.arange(len(source), device=source.device).split(4096):
                 # P_i(t, s) at the active (s, i) only: [t, part].
-                parts = torch.einsum("hp,htp->tp", loadings[1:, feature[part]], pattern[:, :, source[part]])
-                parts[source[part], torch.arange(len(part), device=part.device)] += loadings[0, feature[part]]
+                own_source, own_loadings = source[part], loadings[:, feature[part]]
+                parts = pattern.new_zeros(n_positions, len(part))
+                for pattern_TT, loading in zip(pattern, own_loadings[1:], strict=True):
+                    parts.addcmul_(pattern_TT[:, own_source], loading)
+                parts[own_source, torch.arange(len(part), device=part.device)] += own_loadings[0]
                 parts = parts * weight[part]
                 triples += int((parts.abs() > limit[c, :, None])[batch.mask[c]].sum())
                 to_feature.index_add_(1, feature[part], parts)

@@ -177,6 +177,7 @@ def render_markdown(metrics: Record, findings: Sequence[Any]) -> str:
     references = metrics["references"]
     rows = [{"rank": a["rank"], "linear": a["normalised_mse"], "svd": b["normalised_mse"]}
             for a, b in zip(references["linear_top1"], references["svd"], strict=True)]  # fmt: skip
+    series = {row["run"]: row["series"] for row in metrics["frontier"]}
     clearest = sorted(metrics["survey"], key=lambda r: -r["induction"])[:_CLEAREST_HEADS]
     return environment.get_template("findings.md.jinja").render(
         m=_Dotted(metrics),
@@ -185,7 +186,7 @@ def render_markdown(metrics: Record, findings: Sequence[Any]) -> str:
         verdicts=markdown_table(_VERDICTS, [_verdict_row(finding) for finding in findings]),
         nulls=metrics["nulls"] and markdown_table(_NULLS, metrics["nulls"]["rows"]),
         planted=metrics["planted"] and _planted(metrics["planted"]["rows"]),
-        meaning=metrics["meaning"] and _meaning(metrics["meaning"]),
+        meaning=metrics["meaning"] and _meaning(metrics["meaning"], series),
         qk=_Dotted(attention_sections(metrics)),
         heads=markdown_table(_HEADS, clearest),
         runs=markdown_table(_RUNS, metrics["frontier"]),
@@ -227,7 +228,8 @@ def _planted(rows: Sequence[Record]) -> Record:
     )
 
 
-def _meaning(meaning: Record) -> Record:
+def _meaning(meaning: Record, series: Mapping[str, str]) -> Record:
+    """Tables of what features mean; the series of every run says which pairs of dictionaries differ in seed alone."""
     labels = list(dict.fromkeys(label for found in meaning["runs"].values() for label in found["labels"]))
     counted = [{"run": run} | {label: _counted(found["labels"].get(label)) for label in labels}
                for run, found in meaning["runs"].items()]  # fmt: skip
@@ -249,7 +251,7 @@ def _meaning(meaning: Record) -> Record:
         "matches": meaning["matches"] and markdown_table(_MATCHES, [_matched(found) for found in meaning["matches"]]),
         "pairs": [{"title": f"{found['first']} and {found['second']}",
                    "table": markdown_table(_PAIRS, [_pair(pair) for pair in found["pairs"]])}
-                  for found in _first_of_each(meaning["matches"]) if found["pairs"]],
+                  for found in _first_of_each(meaning["matches"], series) if found["pairs"]],
     })  # fmt: skip
 
 
@@ -270,12 +272,11 @@ def _pair(pair: Record) -> Record:
             "second": second, **sides}  # fmt: skip
 
 
-def _first_of_each(matches: Sequence[Record]) -> list[Record]:
+def _first_of_each(matches: Sequence[Record], series: Mapping[str, str]) -> list[Record]:
     """One seed's pairs are enough for reading: the first of every pair of series."""
-    by_series: dict[str, Record] = {}
+    by_series: dict[tuple[str, str], Record] = {}
     for found in matches:
-        names = (re.sub(r"-s\d+$", "", found[side]) for side in ("first", "second"))
-        by_series.setdefault("|".join(names), found)
+        by_series.setdefault((series[found["first"]], series[found["second"]]), found)
     return list(by_series.values())
 
 

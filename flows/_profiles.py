@@ -49,7 +49,7 @@ def _evidence(sections: Sections) -> str:
     sections["machine"] |= {"threads": 1}
     above = [{"layer": layer, "names": ["v", "v_shared_input"]} for layer in ("second", "adjacent")]
     sections["harvest"]["sites"] = [*sections["harvest"]["sites"][:1], *above]
-    sections["training"] |= {"steps": _STEPS}
+    sections["training"] |= {"steps": _STEPS, "evaluate_every": _STEPS // 2, "checkpoint_every": _STEPS // 2}
     for kind, features in _FEATURES.items():
         sections["dictionaries"][kind]["features"] = features
         sections["dictionaries"][kind].get("training", {}).pop("steps", None)
@@ -61,7 +61,7 @@ def _evidence(sections: Sections) -> str:
     sections["planted"] |= {
         "seeds": list(range(10)), "commit_seed": True,
         "questions": ["recovery", "superposition", "shared_layers", "toys", "phases"],
-        "toys": {"seeds": 3}, "phases": {"seeds": 3},
+        "toys": {"seeds": 3}, "phases": {"seeds": 2},
     }  # fmt: skip
     labelled = ("mtc-k60", "top1-k60", "joint-top1-k60", "sae-best-head-k60", "attn-out-k60")
     named = [f"{series}-s{seed}" for series in labelled for seed in _SEEDS]

@@ -82,6 +82,18 @@ def test_finished_trials_are_not_run_again(finished, monkeypatch):
     assert [path for path in work.iterdir() if path.is_dir()] == []
 
 
+def test_toys_and_phases_may_take_fewer_seeds(finished):
+    work, found = finished
+    fewer = tiny(commit_seed=True).toys.model_copy(update={"seeds": 1})
+    config = tiny(commit_seed=True, toys=fewer.model_dump())
+    rows = run_suite(config, work, "0123abcd")["rows"]
+    assert rows == [row for row in found["rows"] if (row["question"], row["seed"]) != ("toys", found["commit_seed"])]
+    for name in ("toys", "phases"):
+        section = getattr(config, name).model_copy(update={"seeds": 3}).model_dump()
+        with pytest.raises(ValueError, match=f"got {name}.seeds=3 of 2 seeds; lower it"):
+            tiny(commit_seed=True, **{name: section})
+
+
 def test_a_suite_that_was_killed_ends_with_the_same_figures(finished, tmp_path, monkeypatch):
     _, found = finished
     calls, real = [], planted_suite.toy_trial

@@ -60,7 +60,7 @@ ui: $(STAMP) ## Prefect and MLflow on 127.0.0.1
 publish: $(STAMP) ## refill MLflow from the reports (PROFILE=...)
 	@python -m flows.publish --params $(PARAMS)
 
-sync: $(STAMP) ## rewrite code dependencies in dvc.yaml and its copies in the profiles
+sync: $(STAMP) ## rewrite code dependencies in dvc.yaml and the profiles; drop lock entries and reports of runs that are gone
 	@python -m flows.sync
 
 calibrate: $(STAMP) ## measure dense and sparse prices here, write them into the parameters (PROFILE=...; retrains everything)

@@ -12,11 +12,14 @@ from crosshead.attention.registry import KINDS as ATTENTION_KINDS
 from crosshead.dictionaries.registry import KINDS
 from flows._closure import ROOT, TRAININGS, code_closure, import_graph, training_closure
 from flows._profiles import derived_parameters
-from flows.sync import PROFILES, stage_names
+from flows.sync import PROFILES, living_stages, stage_names, without_dead
 
 PIPELINE = yaml.safe_load((ROOT / "dvc.yaml").read_text())
 STAGES = stage_names()
 NOT_STAGES = {"calibrate", "findings", "publish", "servers", "sync"}
+
+
+LOCKS = [ROOT / "dvc.lock", *(ROOT / "flows" / "profiles").glob("*/dvc.lock")]
 
 
 @pytest.fixture(scope="module")
@@ -156,3 +159,19 @@ def test_the_ci_script_runs_the_tests():
     script = ROOT / ".ci" / "run"
     assert script.stat().st_mode & 0o111
     assert "make test" in script.read_text()
+
+
+@pytest.mark.parametrize("lock", LOCKS, ids=lambda lock: lock.parent.name)
+def test_locks_hold_no_stage_that_is_gone(lock: Path):
+    sections = yaml.safe_load(lock.with_name("params.yaml").read_text())
+    locked = set(yaml.safe_load(lock.read_text())["stages"])
+    assert locked <= living_stages(PIPELINE["stages"], sections), "run `make sync`"
+
+
+def test_the_lock_loses_dead_entries_and_nothing_else():
+    lock = "schema: '2.0'\nstages:\n  a:\n    cmd: x\n      y\n  b@one:\n    cmd: z\n  b@two:\n    cmd: z\n"
+    stages = {"a": {}, "b": {"foreach": "${section.runs}"}}
+    living = living_stages(stages, {"section": {"runs": ["one"]}})
+    assert living == {"a", "b@one"}
+    assert without_dead(lock, living) == lock[: lock.index("  b@two")]
+    assert without_dead(lock, living | {"b@two"}) == lock

@@ -155,8 +155,9 @@ def test_a_tiny_batch_is_overfitted(case):
         optimiser.step()
         decay.step()
         module.project_()
-    # The joint MTC must do with activations that are trained for something else.
-    assert module.loss(batch).normalised_mse < (0.1 if case.startswith("joint_mtc") else 0.02)
+    # The joint MTC must do with activations that are trained for something else, Top-1 with one head per feature;
+    # with so few degrees of freedom, rounding decides which units win and so how near they come.
+    assert module.loss(batch).normalised_mse < (0.1 if case.startswith(("joint_mtc", "mtc-top1")) else 0.02)
 
 
 @every_case

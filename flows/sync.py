@@ -18,7 +18,7 @@ from crosshead.io.settings import read_sections
 from flows._closure import ROOT, code_closure, import_graph
 from flows._profiles import derived_parameters
 
-__all__ = ["PROFILES", "living_stages", "stage_names", "without_dead", "write_dependencies"]
+__all__ = ["PROFILES", "living_stages", "remove_leftovers", "stage_names", "without_dead", "write_dependencies"]
 
 PROFILES = ("smoke", "evidence", "gpu")
 
@@ -64,7 +64,8 @@ def without_dead(lock: str, living: set[str]) -> str:
     return head + "".join(entry for entry in entries if entry.partition(":")[0].strip() in living)
 
 
-def _remove_leftovers(home: Path) -> None:
+def remove_leftovers(home: Path, root: Path = ROOT) -> None:
+    """Drop what runs that are gone left in the lock of ``home`` and among its reports, which lie under ``root``."""
     sections = read_sections(home / "params.yaml")
     lock = home / "dvc.lock"
     if lock.exists():
@@ -74,7 +75,7 @@ def _remove_leftovers(home: Path) -> None:
             write_text(lock, kept)
     runs = {*sections["runs"], *sections["attention_runs"]}
     for folder in ("runs", "attention", "summaries"):
-        for report in (ROOT / sections["paths"]["reports"] / folder).glob("*.json"):
+        for report in (root / sections["paths"]["reports"] / folder).glob("*.json"):
             if report.stem not in runs:
                 report.unlink()
 
@@ -88,7 +89,7 @@ def _main() -> None:
         if profile != "smoke":
             write_text(home / "params.yaml", derived_parameters(profile))
     for home in (ROOT, *(ROOT / "flows" / "profiles" / profile for profile in PROFILES)):
-        _remove_leftovers(home)
+        remove_leftovers(home)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from crosshead.attention.registry import KINDS as ATTENTION_KINDS
 from crosshead.dictionaries.registry import KINDS
 from flows._closure import ROOT, TRAININGS, code_closure, import_graph, training_closure
 from flows._profiles import derived_parameters
-from flows.sync import PROFILES, living_stages, stage_names, without_dead
+from flows.sync import PROFILES, living_stages, remove_leftovers, stage_names, without_dead
 
 PIPELINE = yaml.safe_load((ROOT / "dvc.yaml").read_text())
 STAGES = stage_names()
@@ -175,3 +175,16 @@ def test_the_lock_loses_dead_entries_and_nothing_else():
     assert living == {"a", "b@one"}
     assert without_dead(lock, living) == lock[: lock.index("  b@two")]
     assert without_dead(lock, living | {"b@two"}) == lock
+
+
+def test_reports_of_runs_that_are_gone_are_removed_and_no_others(tmp_path: Path):
+    (tmp_path / "params.yaml").write_text("paths: {reports: reports}\nruns: {a-s0: {}}\nattention_runs: {b-s0: {}}\n")
+    kept = ["runs/a-s0.json", "attention/b-s0.json", "summaries/a-s0.json", "summaries/b-s0.json", "metrics.json"]
+    gone = ["runs/c-s0.json", "attention/c-s0.json", "summaries/c-s0.json"]
+    for name in kept + gone:
+        report = tmp_path / "reports" / name
+        report.parent.mkdir(parents=True, exist_ok=True)
+        report.write_text("{}")
+    remove_leftovers(tmp_path, root=tmp_path)
+    left = {str(path.relative_to(tmp_path / "reports")) for path in (tmp_path / "reports").rglob("*.json")}
+    assert left == set(kept)

@@ -63,14 +63,14 @@ publish: $(STAMP) ## refill MLflow from the reports (PROFILE=...)
 sync: $(STAMP) ## rewrite code dependencies in dvc.yaml and the profiles; drop lock entries and reports of runs that are gone
 	@python -m flows.sync
 
-calibrate: $(STAMP) ## measure dense and sparse prices here, write them into the parameters (PROFILE=...; retrains everything)
+calibrate: $(STAMP) ## measure dense and sparse prices here, write them into the parameters (PROFILE=laptop, evidence or gpu; retrains everything)
 	@python -m flows.calibrate --params $(PARAMS)
 
 bench: $(STAMP) ## time our steps beside the peers', needs the laptop profile's data (BENCH_ARGS=...)
 	@dvc repro harvest
 	@python -m benchmarks.run $(BENCH_ARGS)
 
-interrupt: $(STAMP) ## kill `make findings` three times, compare with a run left alone (PROFILE=smoke)
+interrupt: $(STAMP) ## kill `make findings` three times, compare with a run left alone (give PROFILE=smoke: others take hours)
 	@python -m tests.flows.interrupt --profile $(PROFILE)
 
 clean: ## remove what is not an output: unfinished work, viewers' stores

@@ -50,7 +50,11 @@ def test_the_parameters_shown_are_accepted(tmp_path):
     assert examples
     for number, example in enumerate(examples):
         path = tmp_path / f"{number}.yaml"
-        path.write_text(yaml.safe_dump({**laptop, **yaml.safe_load(example)}), encoding="utf-8")
+        sections = yaml.safe_load(example)
+        if "runs" in sections:  # "a run more": the only section that is added to
+            assert not sections["runs"].keys() & laptop["runs"].keys()
+            sections["runs"] |= laptop["runs"]
+        path.write_text(yaml.safe_dump({**laptop, **sections}), encoding="utf-8")
         load_params(path)
 
 

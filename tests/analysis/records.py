@@ -130,7 +130,7 @@ def evidence() -> dict[str, Any]:
         {"question": "shared_layers", "layers": "shared", "shared": 1.0, "seed": 0, "control": "none", "ratio": 0.9,
          "found": True, "share_recovered": 0.9},
         {"question": "toys", "toy": "skip-trigram", "seed": 0, "accuracy": 0.99, "ratio": 0.7, "null_ratio": 0.97,
-         "superposed": True},
+         "superposed": True, "mtc_l0": 1.0, "top1_l0": 1.0},
         *({"question": "phases", "seed": seed, "mixing": m, "noise": n, "planted_l0": 8,
            "share_recovered": 0.5 + m / 4 - n / 4 + seed / 10}
           for m in (0.0, 1.0) for n in (0.0, 0.5) for seed in (0, 1)),

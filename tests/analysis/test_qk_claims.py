@@ -35,7 +35,14 @@ def sweep(series: str, factor: float = 1.0, slope: float = -1.0, seeds=(0, 1, 2)
 
 def test_rank_one_is_insufficient_where_no_run_reaches_a_low_error():
     assert decide_insufficient(sweep("a", 1.0)).verdict == "supports"
-    assert decide_insufficient(sweep("a", 0.4)).verdict == "contradicts"
+    early = [r | {"normalised_mse": 0.04 if r["l0"] == 4 else r["normalised_mse"]} for r in sweep("a")]
+    assert decide_insufficient(early).verdict == "contradicts", "at 4, the SVD at 9"
+    late = decide_insufficient(sweep("a", 0.4))
+    assert late.verdict == "inconclusive"
+    assert "dense references" in late.reason, "at 16"
+    few = REFERENCES[0] | {"l0": 3.0, "normalised_mse": 0.04}
+    coordinates = [r | {"evaluation": {"references": [few, *REFERENCES]}} for r in early]
+    assert decide_insufficient(coordinates).verdict == "inconclusive"
     mixed = [r | {"normalised_mse": r["normalised_mse"] * (0.4 if r["seed"] else 1.0)} for r in sweep("a")]
     assert decide_insufficient(mixed).verdict == "inconclusive"
     assert decide_insufficient(sweep("a", seeds=(0, 1))).verdict == "inconclusive"
@@ -69,7 +76,8 @@ def ratio(low: float, high: float, **other):
 
 
 def test_more_features_do_not_help_unless_every_interval_lies_below_one():
-    assert decide_features([ratio(0.9, 1.1), ratio(1.1, 1.2)]).verdict == "supports"
+    assert decide_features([ratio(0.95, 1.1), ratio(1.1, 1.2)]).verdict == "supports"
+    assert "not excluded" in decide_features([ratio(0.85, 1.1), ratio(1.1, 1.2)]).reason
     assert decide_features([ratio(0.8, 0.9), ratio(0.7, 0.95)]).verdict == "contradicts"
     assert decide_features([ratio(0.8, 0.9), ratio(0.9, 1.1)]).verdict == "inconclusive"
     assert decide_features([ratio(1.1, 1.2, n_seeds=1)]).verdict == "inconclusive"
@@ -78,16 +86,20 @@ def test_more_features_do_not_help_unless_every_interval_lies_below_one():
 
 
 def test_high_rank_is_judged_by_the_highest():
-    assert decide_rank({2: ratio(0.9, 1.1), 16: ratio(0.5, 0.6)}).verdict == "supports"
-    assert decide_rank({2: ratio(0.5, 0.6), 16: ratio(1.1, 1.2)}).verdict == "contradicts"
-    assert decide_rank({16: ratio(0.9, 1.1)}).verdict == "inconclusive"
-    assert decide_rank({}).verdict == "inconclusive"
+    number = ratio(0.8, 1.2)
+    assert decide_rank({2: ratio(0.9, 1.1), 16: ratio(0.5, 0.6)}, number).verdict == "supports"
+    assert decide_rank({2: ratio(0.5, 0.6), 16: ratio(1.1, 1.2)}, number).verdict == "contradicts"
+    assert decide_rank({16: ratio(0.9, 1.1)}, number).verdict == "inconclusive"
+    assert decide_rank({16: ratio(0.5, 0.6)}, ratio(1.1, 1.2)).verdict == "inconclusive", "worse per number"
+    assert decide_rank({16: ratio(0.5, 0.6)}, ratio(1.1, 1.2, interval=None)).verdict == "inconclusive"
+    assert decide_rank({}, None).verdict == "inconclusive"
 
 
-def row(seed: int, share: float, n: int = 10, beating: int = 10, rank: int = 1, score: float = 0.5):
+def row(seed: int, share: float, n: int = 10, beating: int = 10, rank: int = 1, score: float = 0.5, read: int = 10):
     side = {"grain": "token", "what": "x", "share": 1.0, "expected": 0.1, "tokens": []}
-    features = [{"feature": i, "share_text": share, "permuted_largest": 0.2 if i < beating else 1.0, "before_key": side,
-                 "score": score}
+    broad = side | {"grain": "broad"}
+    features = [{"feature": i, "share_text": share, "permuted_largest": 0.2 if i < beating else 1.0, "query": broad,
+                 "before_key": side if i < read else broad, "score": score}
                 for i in range(n)]  # fmt: skip
     return {
         "run": f"r{seed}",
@@ -103,6 +115,7 @@ def test_interpretable_needs_ten_features_that_beat_every_permuted_pair():
     assert decide_interpretable([row(s, 0.9) for s in range(3)]).verdict == "supports"
     assert decide_interpretable([row(s, 0.9, beating=3) for s in range(3)]).verdict == "contradicts"
     assert decide_interpretable([row(s, 0.9, beating=7) for s in range(3)]).verdict == "inconclusive"
+    assert decide_interpretable([row(s, 0.9, read=4) for s in range(3)]).verdict == "inconclusive", "beats, unread"
     assert decide_interpretable([row(s, 0.1) for s in range(3)]).verdict == "contradicts"
     assert decide_interpretable([row(s, 0.9, n=6, beating=6) for s in range(3)]).verdict == "inconclusive"
     assert decide_interpretable([row(s, 0.9) for s in range(2)]).verdict == "inconclusive"
@@ -122,7 +135,7 @@ def test_every_claim_that_was_run_gets_a_row():
         *sweep(SERIES["rank_one"]),
         *sweep(f"{SERIES['more_features']}512", 1.3, features=512),
         *sweep(SERIES["multi_head"], slope=-0.02),
-        *sweep(f"{SERIES['high_rank']}16", 0.5, config={"heads": [3], "rank": 16}),
+        *sweep(f"{SERIES['high_rank']}2", 0.5, config={"heads": [3], "rank": 2}),
     ]
     metrics = {"profile": "laptop", "attention": records, "explain": {"induction": [row(s, 0.9) for s in range(3)]}}
     found = [finding for finding in findings(metrics, None) if finding is not None]
@@ -135,6 +148,8 @@ def test_every_claim_that_was_run_gets_a_row():
     ]
     assert [f.verdict for f in found] == ["supports"] * 5
     assert "0.800 at 2.0" in found[0].figure
+    # At L0 times rank the sweep lies at 4 to 32 with the errors that rank 1 has at 4 to 16.
+    assert "rank 2 over rank 1: ratio 1.00 (95% 1.00 to 1.00) at pair L0 4.0 to 16.0" in found[3].control
 
 
 @pytest.mark.parametrize("metrics", [{"profile": "smoke"}, {"profile": "smoke", "attention": [], "explain": None}])

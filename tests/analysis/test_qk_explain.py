@@ -1,10 +1,12 @@
+from dataclasses import replace
+
 import pytest
 import torch
 from torch.testing import assert_close
 
-from crosshead.analysis.explaining import _others
+from crosshead.analysis.explaining import Decision, _others, explained_decision
 from crosshead.analysis.qk_contributions import contributions
-from crosshead.analysis.qk_explain import deleted_pattern, explain_attention
+from crosshead.analysis.qk_explain import compare_deletion, deleted_pattern, explain_attention
 from tests.analysis.qk import trained
 
 TEXT = "abcab cab abc"
@@ -54,6 +56,54 @@ def test_deleting_the_pairs_changes_the_running_models_pattern_as_predicted(setu
     earlier = slice(0, found.query)
     assert_close(logits[earlier], clean[earlier], rtol=1e-3, atol=1e-3)
     assert not torch.allclose(logits[found.query], clean[found.query], atol=1e-4)
+
+
+def test_features_alone_predict_a_deletion_from_their_own_scores(setup):
+    """Against a softmax by hand of the module's scores less what these features write, pair by pair."""
+    model, module, _ = setup
+    found = explain_attention(module, model, TEXT, head=1, query=-2)
+    features, query = [pair.feature for pair in found.pairs[:3]], found.query
+    g, each = module.heads.tolist().index(1), contributions(module, found.batch)
+    rest = module.scores(found.batch)[0, g, query, : query + 1].detach().clone()
+    rest[1:] -= sum(each.of_feature(0, i)[query, 1 : query + 1, g] for i in features)
+    rest[0] -= found.written[features, 0].sum()
+    expected = torch.cat([rest.softmax(0), torch.zeros(len(found.tokens) - query - 1)])
+    alone = found.features_pattern(module, features)
+    assert_close(alone, expected, rtol=1e-3, atol=1e-5)
+    assert_close(found.features_pattern(module, []), found.predicted_pattern, rtol=1e-4, atol=1e-6)
+    after, key = deleted_pattern(module, model, found, features)[0], found.key
+    compared = compare_deletion(module, found, features, after)
+    assert compared.attention_after == pytest.approx(float(expected[key]), abs=1e-4)
+    assert compared.fall == pytest.approx(float(found.predicted_pattern[key] - expected[key]), abs=1e-4)
+    assert compared.model_fall == pytest.approx(float(found.pattern[key] - after[key]), abs=1e-6)
+    for distance, (one, other) in ((compared.distance, (expected, after)),
+                                   (compared.distance_before, (found.predicted_pattern, found.pattern)),
+                                   (compared.model_distance, (found.pattern, after))):  # fmt: skip
+        assert distance == pytest.approx(float((one - other).clamp(min=0).sum()), abs=1e-4)
+    assert compared.distance > 0.01, "a prediction, not the same subtraction twice"
+
+
+def test_features_without_error_predict_the_model_and_their_error_is_what_separates_them(setup):
+    """Where the real scores were the predicted ones, both predictions are one; a constant per query changes nothing."""
+    model, module, _ = setup
+    found = explain_attention(module, model, TEXT, head=2)
+    features = [pair.feature for pair in found.pairs[:2]]
+    exact = replace(found, scores=found.predicted_scores + 1.5, pattern=found.predicted_pattern)
+    compared = compare_deletion(module, exact, features, exact.predicted_after(module, features))
+    assert compared.distance == pytest.approx(0.0, abs=1e-5)
+    assert compared.fall == pytest.approx(compared.model_fall, abs=1e-5)
+    assert compared.model_distance > 1e-4
+
+
+def test_the_record_says_which_prediction_is_which(setup):
+    model, module, _ = setup
+    record = explained_decision(module, model, Decision(text=TEXT, head=1), top=3)
+    alone = record["predicted_from_features_alone"]
+    assert record["deletion_difference"] < 1e-4  # the same arithmetic
+    assert alone["fall"] == pytest.approx(record["attention_predicted"] - alone["attention_after"], abs=1e-6)
+    assert alone["model_fall"] == pytest.approx(record["attention"] - record["attention_after"], abs=1e-6)
+    [own] = [key for key in record["strongest_keys"] if key["position"] == record["key"]]
+    assert (own["attention_after"], own["predicted_after"]) == (record["attention_after"], alone["attention_after"])
 
 
 def test_the_first_keys_score_is_explained_too(setup):

@@ -11,6 +11,7 @@ from crosshead.analysis.induction_heads import find_induction_heads
 from crosshead.analysis.skip_trigrams import find_skip_trigrams
 from crosshead.attention.replacement import Config, Module
 from crosshead.dictionaries.base import Batch, Site
+from tests.attention.replacements import padded_batch, started
 
 LAYER, LENGTH = 1, 16
 
@@ -80,14 +81,48 @@ def test_removing_all_heads_takes_what_the_layer_writes_out_of_the_model(tiny_mo
     assert_close(induction_heads._written(module, batch, range(6)), whole.detach(), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("case", ["plain", "plain-gates", "rank_one", "rank_one-gates", "combined", "combined-l1"])
+def test_what_heads_move_from_all_keys_sums_to_what_they_write(case):
+    module, _ = started(case)
+    module.eval()
+    with torch.no_grad():
+        module.out.copy_(torch.randn(module.out.shape, generator=torch.Generator().manual_seed(3)))
+        if module.config.gates is not None:
+            module.gate[:] = torch.linspace(0.0, 1.0, len(module.gate))
+    batch = padded_batch(5)
+    with torch.no_grad():
+        z = module.encode(batch).view(*batch.mask.shape, module.config.features, -1)
+        out = module.out.unflatten(0, (module.config.features, -1))
+        found = list(skip_trigrams._moves(module, batch, range(module.config.features)))
+    for head, moves in enumerate(found):
+        expected = (z[:, :, head] @ out[head]).detach()
+        assert_close(moves.pattern @ moves.written, expected, rtol=1e-4, atol=1e-5)
+        everywhere = torch.ones_like(batch.mask)
+        assert_close(moves.from_keys(everywhere), expected[:, -1], rtol=1e-4, atol=1e-5)
+    active = torch.stack([moves.pattern.any(-1) for moves in found]).sum(0)
+    if case == "rank_one":
+        assert (active[batch.mask] == 5).all()
+
+
+def test_only_counted_keys_between_the_first_and_the_last_position_are_removed():
+    batch = padded_batch(5)
+    keys = skip_trigrams._earlier_keys(batch)
+    assert [torch.nonzero(row).flatten().tolist() for row in keys] == [[1, 2, 3, 4, 5], [*range(1, 8)], [*range(1, 8)]]
+
+
 def test_a_fall_is_the_difference_between_two_runs_of_the_model(tiny_model):
+    """What one head moves from one token's earlier keys, in a loop, is taken out by a hook of its own."""
     model = tiny_model("llama")
     module, tokens = make_module(model), make_tokens(3, 7)
+    tokens[1, [3, 6, 9]] = 5
     place = skip_trigrams._Place(1, 9)
-    (fall,) = skip_trigrams._fall(module, model, reader(model, tokens), place, [3])
+    (fall,) = skip_trigrams._fall(module, model, reader(model, tokens), place, [3], 5)
     batch = captured(model, tokens[1:2])
-    own = slice(12, 16)
-    written = (module.encode(batch)[9, own] @ module.out[own] / module.target_scale).detach()
+    pattern, v = module.patterns(batch, slice(3, 4))[0, 0], module.values(batch)[0][0, 3]
+    keys = [s for s in range(1, 9) if tokens[1, s] == 5]
+    assert {3, 6} <= set(keys)
+    assert pattern[9, 9] > 0  # its own key, of the same token, stays
+    written = (sum(pattern[9, s] * v[s] @ module.out[12:16] for s in keys) / module.target_scale).detach()
 
     def without(_module, _arguments, output):
         out = output[0].clone()
@@ -102,6 +137,8 @@ def test_a_fall_is_the_difference_between_two_runs_of_the_model(tiny_model):
         handle.remove()
     expected = clean - removed
     assert_close(fall, (expected - expected.mean()).detach(), rtol=1e-3, atol=1e-4)
+    (nothing,) = skip_trigrams._fall(module, model, reader(model, tokens), place, [3], 40)
+    assert_close(nothing, torch.zeros_like(nothing), rtol=0, atol=1e-5)
 
 
 def test_the_strongest_moves_are_those_of_a_loop_over_pairs(tiny_model):
@@ -118,6 +155,51 @@ def test_the_strongest_moves_are_those_of_a_loop_over_pairs(tiny_model):
     for found, wanted in zip(moves[:20], expected[:20], strict=True):
         assert found[0] == pytest.approx(wanted[0], rel=1e-4)
     assert {move[1:] for move in moves} == {move[1:] for move in expected}
+
+
+def test_excess_is_over_what_the_margins_give():
+    """The frequent pair has the largest sum; the rarer one alone is more than its tokens' margins."""
+    sums = {(1, 1): 60.0, (1, 2): 20.0, (2, 1): 20.0, (3, 3): 8.0, (4, 1): 12.0}
+    found = skip_trigrams._excesses(sums)
+    table = torch.zeros(5, 5, dtype=torch.float64)
+    for pair, size in sums.items():
+        table[pair] = size
+    expected = table.sum(1, keepdim=True) * table.sum(0) / table.sum()
+    for pair, (excess, lift) in found.items():
+        assert excess == pytest.approx(float(table[pair] - expected[pair]))
+        assert lift == pytest.approx(float(table[pair] / expected[pair]))
+    assert max(sums, key=sums.__getitem__) == (1, 1)
+    assert max(found, key=lambda pair: found[pair][0]) == (3, 3)
+    assert skip_trigrams._excesses({}) == {}
+
+
+def test_rare_pairs_in_excess_are_listed_before_frequent_ones_and_each_once(tiny_model, monkeypatch):
+    """Two heads with the same planted pair, (7, 6), beside (1, 2), which is frequent in both: the stronger takes it."""
+    model = tiny_model("llama")
+    module = make_module(model)
+    tables = [{(1, 2): 60.0, (1, 3): 20.0, (4, 2): 20.0, (7, 6): 8.0},
+              {(1, 2): 60.0, (1, 3): 20.0, (4, 2): 20.0, (7, 6): 7.0, (5, 8): 6.5}]  # fmt: skip
+
+    def planted_moves(_module, batch, chosen):
+        """Every pair in both contexts of a batch, the later one first among equals."""
+        rows = [[(size / 4, context, t, *pair) for t, (pair, size) in enumerate(own.items(), 9) for context in (1, 0)]
+                for own in tables]  # fmt: skip
+        return rows + [[]] * (len(chosen) - 2)
+
+    monkeypatch.setattr(skip_trigrams, "_strongest_moves", planted_moves)
+    heldout = torch.tensor([[0, 2, 1, 3, 1, 6, 7, 8, 5, 2, 4]])
+    train = reader(model, make_tokens(4, 1)), 4
+    found = skip_trigrams._triples(module, train, heldout, 2, 3, 2)
+    assert [(triple.head, triple.query, triple.key) for triple in found] == [(0, 7, 6), (1, 5, 8)]
+    assert found[0].share == pytest.approx(8 / 108)
+    assert found[0].lift == pytest.approx(108 / 8)
+    assert found[0].n_contexts == 4
+    assert found[0].train == [(0, 12), (1, 12), (2, 12)]
+    assert found[0].heldout == [(0, 6)]
+    # (5, 8) does not occur, (7, 6) is taken, and (1, 2) exceeds its margins by less than (1, 3).
+    without = heldout[:, :7]
+    again = skip_trigrams._triples(module, train, without, 2, 3, 2)
+    assert [(triple.head, triple.query, triple.key) for triple in again] == [(0, 7, 6), (1, 1, 3)]
 
 
 def test_places_of_a_pair_have_the_key_before_the_query():
@@ -139,7 +221,11 @@ def test_triples_are_listed_with_their_controls_and_the_same_every_time(tiny_mod
         assert row["n_train_contexts"] >= 2
         assert row["n_events"] == 2
         others = [row[f"fall_other_{name}"] for name in ("head", "token", "pair")]
-        assert row["confirmed"] == (None not in others and row["fall"] > max(0.0, *others))
+        assert row["lift"] > 1
+        assert row["confirmed"] == (None not in others and row["fall"] > max(0.0, *others)
+                                    and row["attention"] > row["attention_elsewhere"])  # fmt: skip
+    pairs = [(row["query"], row["key"]) for row in found["triples"]]
+    assert len(set(pairs)) == len({row["head"] for row in found["triples"]}) == 3
     assert found["n_confirmed"] == sum(row["confirmed"] for row in found["triples"])
 
 
@@ -154,20 +240,48 @@ def test_the_head_that_promotes_a_token_is_told_from_the_others(tiny_model):
     """One head alone writes: removing another changes nothing, and controls are the falls that they say."""
     model = tiny_model("llama")
     module, tokens = make_module(model), make_tokens(8, 1)
-    triples = [skip_trigrams._Triple(head, query, 3, 0.5, 2, [], [skip_trigrams._Place(context, 9)])
-               for head, query, context in ((1, 5, 0), (4, 6, 1), (2, 7, 2))]  # fmt: skip
+    triples = [skip_trigrams._Triple(head, query, key, 0.5, 2.0, 2, [], [skip_trigrams._Place(context, 9)])
+               for head, query, key, context in ((1, 5, 3, 0), (4, 6, 8, 1), (2, 7, 2, 2))]  # fmt: skip
+    for triple in triples:
+        tokens[triple.heldout[0].context, 4] = triple.key
     with torch.no_grad():
         keep = module.out[4:8].clone()
         module.out.zero_()
         module.out[4:8] = 5 * keep
-    fall = skip_trigrams._fall(module, model, reader(model, tokens), triples[0].heldout[0], [1])[0]
+
+    def fall_at(triple: skip_trigrams._Triple) -> torch.Tensor:
+        """Of the writing head, from the keys of the place's own triple."""
+        return skip_trigrams._fall(module, model, reader(model, tokens), triple.heldout[0], [1], triple.key)[0]
+
+    fall = fall_at(triples[0])
     promoted = [(int(fall.argmax()), 1.0), (20, 1.0), (21, 1.0)]
     first, second, _ = skip_trigrams._checked(module, model, reader(model, tokens), triples, promoted)
     assert first.own == pytest.approx(float(fall.max()), rel=1e-4)
+    assert first.own > 1e-4
     assert first.controls["head"] == pytest.approx(0.0, abs=1e-5)
     assert first.controls["token"] == pytest.approx(float(fall[20]), rel=1e-3, abs=1e-5)
-    others = [skip_trigrams._fall(module, model, reader(model, tokens), triple.heldout[0], [1])[0][promoted[0][0]]
-              for triple in triples[1:]]  # fmt: skip
-    assert first.controls["pair"] == pytest.approx(max(map(float, others)), rel=1e-3, abs=1e-5)
+    others = [float(fall_at(triple)[promoted[0][0]]) for triple in triples[1:]]
+    assert first.controls["pair"] == pytest.approx(max(others), rel=1e-3, abs=1e-5)
     assert first.n_other_pairs == 2
     assert second.own == pytest.approx(0.0, abs=1e-5)
+
+
+@pytest.mark.parametrize(("attention", "confirmed"), [((0.3, 0.1), True), ((0.1, 0.1), False)])
+def test_a_triple_is_confirmed_only_where_its_head_attends_to_the_key(tiny_model, monkeypatch, attention, confirmed):
+    monkeypatch.setattr(skip_trigrams, "_attention", lambda *_arguments: attention)
+    model = tiny_model("llama")
+    triple = skip_trigrams._Triple(1, 5, 3, 0.5, 2.0, 2, [], [skip_trigrams._Place(0, 9)])
+    found = skip_trigrams._Checked(triple, 7, 1.0, 0.5, {"head": 0.1, "token": 0.0, "pair": -0.1}, 2)
+    row = skip_trigrams._row(make_module(model), model, reader(model, make_tokens(1, 0)), found)
+    assert (row["confirmed"], row["lift"]) == (confirmed, 2.0)
+
+
+def test_attention_is_counted_on_earlier_keys_alone(tiny_model):
+    model = tiny_model("llama")
+    module, tokens = make_module(model), make_tokens(1, 2, vocabulary=4)
+    tokens[0, [2, 5, 9]], tokens[0, [1, 3]] = 3, 1
+    triple = skip_trigrams._Triple(2, 3, 3, 0.5, 2.0, 2, [], [skip_trigrams._Place(0, 9)])
+    found = skip_trigrams._attention(module, reader(model, tokens), triple)
+    row = module.patterns(captured(model, tokens), slice(2, 3))[0, 0, 9]
+    same = [s for s in range(1, 9) if tokens[0, s] == 3]
+    assert found == pytest.approx((float(row[same].sum()), len(same) * float(row[1:9].mean())), rel=1e-4)

@@ -7,7 +7,7 @@ from crosshead.analysis.claims.clusters import decide_dimensions, decide_power_l
 from crosshead.analysis.claims.coupling import _matched_text, decide_joint
 from crosshead.analysis.claims.layers import decide_layers
 from crosshead.analysis.claims.planted import decide_planted
-from crosshead.analysis.claims.superposition import decide_interpretability, decide_superposition
+from crosshead.analysis.claims.superposition import _nulls, decide_interpretability, decide_superposition
 from crosshead.analysis.findings import ReportConfig, collect
 from crosshead.analysis.rules import both_regimes, decide
 from crosshead.analysis.verdicts import judge
@@ -42,11 +42,11 @@ def test_a_ratio_decides_with_its_whole_interval_and_enough_runs(comparison, ver
     assert decide(comparison).verdict == verdict
 
 
-ROBUST = {"settings": [{"setting": i} for i in range(18)], "unpaired": 0, "ratio_range": [0.85, 0.95]}
+ROBUST = {"settings": [{"interval": [0.84, 0.96]}] * 18, "unpaired": 0, "ratio_range": [0.85, 0.95]}
 
 
 def superposed(mtc=None, norms=None, null=None, robust=ROBUST, least=0.98, **nulls):
-    two, beaten = ratio(0.85, 0.92, n_sparsities=2), ratio(0.97, 1.0)
+    two, beaten = ratio(0.85, 0.92, n_sparsities=2), ratio(0.97, 1.0, above_noise=[0.95, 1.0])
     nulls = {"mtc": beaten if null is None else null, "l1": beaten, "l2": beaten} | nulls
     found = decide_superposition(mtc or ratio(0.85, 0.9), norms or {"l1": two, "l2": two}, nulls, robust, "mtc", least)
     return found.verdict
@@ -54,30 +54,41 @@ def superposed(mtc=None, norms=None, null=None, robust=ROBUST, least=0.98, **nul
 
 def test_superposition_needs_the_null_every_norm_and_every_setting():
     assert superposed() == "supports"
-    assert superposed(null=ratio(0.88, 0.93)) == "inconclusive"
-    assert superposed(null=ratio(0.7, 0.95)) == "inconclusive"
-    assert superposed(null=ratio(0.7, 0.8)) == "contradicts"
-    assert superposed(null=ratio(0.97, 1.0, n_seeds=1)) == "inconclusive"
-    assert superposed(l2=ratio(0.88, 0.95)) == "inconclusive"
+    assert superposed(null=ratio(0.88, 0.93, above_noise=[0.95, 1.0])) == "inconclusive"
+    assert superposed(null=ratio(0.7, 0.95, above_noise=[0.95, 1.0])) == "inconclusive"
+    assert superposed(null=ratio(0.7, 0.8, above_noise=[0.7, 0.8])) == "contradicts"
+    assert superposed(null=ratio(0.97, 1.0, n_seeds=1, above_noise=[0.95, 1.0])) == "inconclusive"
+    assert superposed(null=ratio(0.97, 1.0, above_noise=[0.9, 0.96])) == "inconclusive", "0.98 of 0.9 is below 0.9"
+    assert superposed(null=ratio(0.97, 1.0, above_noise=None)) == "inconclusive"
+    assert superposed(l2=ratio(0.88, 0.95, above_noise=[0.95, 1.0])) == "inconclusive"
+    assert superposed(mtc=ratio(0.85, 0.9, own=ratio(0.9, 0.98))) == "inconclusive", "at the null's sparsities"
     assert superposed(mtc=ratio(1.1, 1.2)) == "inconclusive"
     assert superposed(mtc=ratio(0.85, 0.9, features=[[8], [16]])) == "inconclusive"
     assert superposed(norms={"l1": ratio(0.85, 0.92), "l2": None}) == "inconclusive"
     assert superposed(norms={"l1": ratio(0.95, 1.02), "l2": ratio(0.85, 0.92)}) == "inconclusive"
     assert superposed(robust=None) == "inconclusive"
     assert superposed(robust=ROBUST | {"settings": ROBUST["settings"][:6]}) == "inconclusive"
-    assert superposed(robust=ROBUST | {"ratio_range": [0.85, 1.01]}) == "inconclusive"
-    assert superposed(least=0.9) == "inconclusive"
+    uneven = [*ROBUST["settings"][:17], {"interval": [0.98, 1.01]}]
+    assert superposed(robust=ROBUST | {"settings": uneven}) == "inconclusive"
+    assert superposed(least=0.96) == "inconclusive", "of the norms' 0.95 as well: 0.912 is below 0.92"
     assert superposed(least=None) == "inconclusive"
+    steep = superposed(mtc=ratio(0.5, 0.6), least=0.9, null=ratio(0.97, 1.0, above_noise=[0.9, 1.0]))
+    assert steep == "inconclusive", "the norms are not below what planted layers reach"
     missing = decide_superposition(ratio(0.85, 0.9), {}, {}, ROBUST, "mtc", 1.0)
     assert missing.reason == "mtc: the one-head null was not run"
+
+
+def at(*ratios: float):
+    """Objective ratios at the coefficients 1, 2, ..."""
+    return [{"coefficient": float(i), "seed": 0, "ratio": each} for i, each in enumerate(ratios, 1)]
 
 
 def of_layers(comparison, **changes):
     """The verdict with controls whose objectives are 1.0, 0.97 and 0.95."""
     controls = {
-        "other contexts": ratio(0.8, 0.9, objective=[{"ratio": 1.0}]),
-        "matched tokens": ratio(0.97, 0.99, objective=[{"ratio": 0.97}]),
-        "shared input": ratio(0.92, 0.95, objective=[{"ratio": 0.95}]),
+        "other contexts": ratio(0.8, 0.9, objective=at(1.0)),
+        "matched tokens": ratio(0.97, 0.99, objective=at(0.97)),
+        "shared input": ratio(0.92, 0.95, objective=at(0.95)),
     }
     shares = {"pair": 0.5, "token": changes.pop("token", 0.4)}
     controls |= {name.replace("_", " "): value for name, value in changes.items()}
@@ -85,22 +96,36 @@ def of_layers(comparison, **changes):
 
 
 def test_layers_need_a_gap_that_beats_every_control():
-    gap = [{"ratio": 0.9}]
+    gap = at(0.9)
     assert of_layers(ratio(0.85, 0.9, objective=gap)).verdict == "supports"
     assert "(iii)" in of_layers(ratio(0.85, 0.93, objective=gap)).reason
-    assert "(iii)" in of_layers(ratio(0.85, 0.9, objective=[{"ratio": 0.96}])).reason
-    beaten = ratio(0.86, 0.9, objective=[{"ratio": 0.97}])
+    assert "(iii)" in of_layers(ratio(0.85, 0.9, objective=at(0.96))).reason
+    beaten = ratio(0.86, 0.9, objective=at(0.97))
     assert "(ii)" in of_layers(ratio(0.85, 0.9, objective=gap), matched_tokens=beaten).reason
-    assert "no gap" in of_layers(ratio(0.85, 0.9, objective=[{"ratio": 0.99}])).reason
+    assert "no gap" in of_layers(ratio(0.85, 0.9, objective=at(0.99))).reason
     assert "matches a token at 60%" in of_layers(ratio(0.85, 0.9, objective=gap), token=0.1).reason
     assert of_layers(ratio(0.85, 0.9, objective=gap), shared_input=None).verdict == "inconclusive"
-    one_seed = ratio(0.97, 0.99, n_seeds=1, objective=[{"ratio": 0.97}])
+    one_seed = ratio(0.97, 0.99, n_seeds=1, objective=at(0.97))
     assert "1 seed of control (ii)" in of_layers(ratio(0.85, 0.9, objective=gap), matched_tokens=one_seed).reason
-    own_gap = ratio(0.8, 0.9, objective=[{"ratio": 0.95}])
-    assert "where no gap may remain" in of_layers(ratio(0.85, 0.9, objective=gap), other_contexts=own_gap).reason
+    own_gap = ratio(0.8, 0.9, objective=at(0.91))
+    assert "no gap at coefficient 1" in of_layers(ratio(0.85, 0.9, objective=gap), other_contexts=own_gap).reason
     assert of_layers(ratio(1.1, 1.2, objective=gap)).verdict == "contradicts"
-    coarse = ratio(0.92, 0.95, objective=[{"ratio": 0.95}]) | {"own": ratio(0.93, 0.96, objective=gap)}
+    far = of_layers(ratio(1.1, 1.2, objective=gap), other_contexts=ratio(0.8, 0.9, objective=at(1.05)))
+    assert "where no gap may remain" in far.reason
+    coarse = ratio(0.92, 0.95, objective=at(0.95)) | {"own": ratio(0.93, 0.96, objective=gap)}
     assert "(iii)" in of_layers(ratio(0.85, 0.9, objective=gap), shared_input=coarse).reason, "at equal coefficients"
+
+
+def test_a_gap_at_one_coefficient_does_not_make_up_for_another():
+    plain = ratio(0.8, 0.9, objective=at(1.08, 0.95))
+    others = {"matched_tokens": ratio(0.97, 0.99, objective=at(1.09, 1.0)),
+              "shared_input": ratio(0.97, 0.99, objective=at(1.09, 1.0))}  # fmt: skip
+    alike = of_layers(ratio(0.85, 0.9, objective=at(1.03, 0.85)), other_contexts=plain, **others)
+    assert alike.verdict == "inconclusive"
+    assert "coefficient 1" in alike.reason
+    both = of_layers(ratio(0.85, 0.9, objective=at(0.95, 0.9)), other_contexts=plain, **others)
+    assert both.verdict == "supports"
+    assert of_layers(ratio(0.85, 0.9, objective=at(0.9)), other_contexts=plain, **others).verdict == "inconclusive"
 
 
 def test_joint_training_must_lose_at_low_and_at_high_l0_and_with_all_heads():
@@ -156,35 +181,41 @@ def fits(sources, p_value: float, kind: str = ""):
 
 
 def power_law(
-    data: float, null: float, bootstraps: int = 1000, seeds=(0, 1, 2), kinds=("shuffled", "gaussian", "sphere")
-):
+    data: float, null: float, bootstraps: int = 1000, seeds=(0, 1, 2), kinds=("shuffled", "gaussian", "sphere"),
+    unlucky: int = 0,
+):  # fmt: skip
+    """The verdict with p-values of ``data`` (three fits a k and source, ``unlucky`` of all less) and of ``null``."""
     sources = [f"mtc-{seed}" for seed in seeds]
     metrics = {"frontier": [{"run": f"mtc-{seed}", "seed": seed} for seed in seeds], "cluster_bootstraps": bootstraps}
     nulls = [fit for kind in kinds for fit in fits(sources, null, f"/{kind}")]
-    return decide_power_law(metrics, sources, fits(sources, data), nulls).verdict
+    of_data = [fit for _ in range(3) for fit in fits(sources, data)]
+    of_data[:unlucky] = [fit | {"p_value": 0.01} for fit in of_data[:unlucky]]
+    return decide_power_law(metrics, sources, of_data, nulls).verdict
 
 
 def test_a_power_law_needs_data_that_pass_and_nulls_that_do_not():
     assert power_law(0.5, 0.01) == "supports"
     assert power_law(0.5, 0.5) == "inconclusive"
     assert power_law(0.01, 0.5) == "contradicts"
+    assert power_law(0.5, 0.01, unlucky=5) == "supports", "5 of 27 fits"
+    assert power_law(0.5, 0.01, unlucky=6) == "inconclusive"
     assert power_law(0.5, 0.01, bootstraps=100) == "inconclusive"
     assert power_law(0.5, 0.01, seeds=(0, 1)) == "inconclusive"
     assert power_law(0.5, 0.01, kinds=("shuffled", "gaussian")) == "inconclusive"
 
 
-def planted_rows(mtc=0.98, top1=0.1, superposed=True, seeds=(0, 1, 2)):
+def planted_rows(mtc=0.98, top1=0.1, superposed=True, seeds=(0, 1, 2), alone=None, toy_l0=1.0):
     rows = []
     for seed in seeds:
         for layer in ("one-head", "superposed"):
-            for name, share in (("mtc", mtc), ("top1", mtc if layer == "one-head" else top1)):
+            for name, share in (("mtc", mtc), ("top1", (alone or mtc) if layer == "one-head" else top1)):
                 rows.append({"question": "recovery", "seed": seed, "layer": layer, "architecture": name,
                              "share_recovered": share})  # fmt: skip
             rows.append(
                 {"question": "superposition", "layer": layer, "superposed": superposed == (layer != "one-head")}
             )
         rows.append({"question": "shared_layers", "layers": "other_contexts", "found": False})
-        rows.append({"question": "toys", "superposed": True})
+        rows.append({"question": "toys", "superposed": True, "mtc_l0": toy_l0, "top1_l0": 1.0})
     return rows
 
 
@@ -192,6 +223,8 @@ def test_instruments_must_find_what_was_planted_and_call_it_what_it_is():
     assert decide_planted(planted_rows()).verdict == "supports"
     assert decide_planted(planted_rows(mtc=0.9)).verdict == "inconclusive"
     assert decide_planted(planted_rows(top1=0.7)).verdict == "inconclusive"
+    assert decide_planted(planted_rows(alone=0.4)).verdict == "inconclusive", "Top-1 fails where it must not"
+    assert decide_planted(planted_rows(toy_l0=1.1)).verdict == "inconclusive", "more active features than Top-1"
     assert decide_planted(planted_rows(superposed=False)).verdict == "inconclusive"
     assert decide_planted(planted_rows(mtc=0.3)).verdict == "contradicts"
     assert decide_planted(planted_rows(seeds=(0,))).verdict == "inconclusive"
@@ -230,21 +263,26 @@ def test_matched_features_are_told_in_words_of_the_two_runs():
     assert _matched_text(metrics, "top1", "mtc") == ""
 
 
-def heads(null: float | None, spread: float = 2.0, dose=(1.2, 1.1, 1.05)):
-    """The verdict on heads per feature; ``dose``: errors with 1, 2 and 4 movers over that with all."""
+def heads(null: float | None, spread: float = 2.0, dose=(1.2, 1.1, 1.05), denser: float | None = None):
+    """The verdict on heads per feature; ``dose``: errors with 1, 2 and 4 movers over that with all, ``denser``: that
+    with all at a second sparsity, over the same."""
     arguments, norms = documents((0, 1, 2)), ("mtc", "mtc-penalty-l1", "mtc-penalty-l2")
     rows = [r for r in arguments["records"] if r["series"] not in ("heads2", "heads4", "top1", "mtc")]
     for seed in (0, 1, 2):
         rows += [record(series, 60, 0.1, seed) for series in norms]
         for series, factor, m in zip(("top1", "heads2", "heads4"), dose, (1, 2, 4), strict=True):
             rows.append(record(series, 60, 0.1 * factor, seed, heads_per_feature=m))
+            if denser is not None:
+                rows.append(record(series, 110, 0.05 * factor, seed, heads_per_feature=m))
+        if denser is not None:
+            rows.append(record("mtc", 110, 0.05 * denser, seed))
     for row in rows:
         if row["evaluation"]["superposition"] is not None and row["series"] in norms:
             row["evaluation"]["superposition"] |= {"participation_ratio_mean": spread}
-    planted = [{"series": name, "k": 60, "participation_ratio_mean": null} for name in norms]
-    nulls = (
-        None if null is None else {"teacher": "t", "teacher_normalised_mse": 0.1, "comparisons": {}, "rows": planted}
-    )
+    planted = [{"series": name, "k": 60, "participation_ratio_mean": null, "heads_per_feature": "all"}
+               for name in norms]  # fmt: skip
+    nulls = None if null is None else {"teacher": "t", "teacher_normalised_mse": 0.1, "noise_share": 0.1,
+                                       "comparisons": {}, "rows": planted}  # fmt: skip
     arguments |= {"records": rows, "nulls": nulls}
     metrics = collect(**arguments, profile="test", config=CONFIG, inputs={})
     return next(f.verdict for f in judge(metrics, CONFIG) if f.key == "heads-per-feature")
@@ -253,5 +291,30 @@ def heads(null: float | None, spread: float = 2.0, dose=(1.2, 1.1, 1.05)):
 def test_heads_per_feature_must_exceed_the_nulls_and_the_dose_response_fall():
     assert heads(1.3) == "supports"
     assert heads(1.3, dose=(1.2, 1.1, 1.15)) == "inconclusive"
+    assert heads(1.3, denser=1.0) == "supports"
+    assert heads(1.3, denser=1.06) == "inconclusive", "not at every sparsity, though on average"
     assert heads(2.5) == "contradicts"
     assert heads(None) == "inconclusive"
+
+
+def test_the_null_is_told_with_its_planted_noise_and_without():
+    """Errors 0.15 and 0.2 of which 0.1 is noise: 0.75 with it, 0.5 without."""
+    nulls = {"noise_share": 0.1, "comparisons": {"mtc": ratio(0.75, 0.8)},
+             "rows": [{"heads_per_feature": 1, "normalised_mse": 0.2}, {"heads_per_feature": 1, "normalised_mse": 0.4},
+                      {"heads_per_feature": "all", "normalised_mse": 0.15}]}  # fmt: skip
+    assert _nulls(nulls)["mtc"]["above_noise"] == pytest.approx([0.5, 0.6])
+    assert _nulls(nulls | {"noise_share": 0.2})["mtc"]["above_noise"] is None
+    assert _nulls(None) == {}
+
+
+def test_a_sweep_is_set_beside_its_null_at_the_nulls_sparsities():
+    arguments = documents((0, 1, 2))
+    rows = [{"series": "mtc", "k": k, "heads_per_feature": heads, "normalised_mse": 0.1,
+             "participation_ratio_mean": 1.0} for k in (60, 110) for heads in ("all", 1)]  # fmt: skip
+    nulls = {"teacher": "t", "teacher_normalised_mse": 0.1, "noise_share": 0.1, "comparisons": {}, "rows": rows}
+    metrics = collect(**arguments | {"nulls": nulls}, profile="test", config=CONFIG, inputs={})
+    own = metrics["comparisons"]["mtc_over_top1"]["own"]
+    assert own["l0_range"] == [60, 110]
+    assert own["n_sparsities"] == 2
+    without = collect(**arguments, profile="test", config=CONFIG, inputs={})
+    assert "own" not in without["comparisons"]["mtc_over_top1"]

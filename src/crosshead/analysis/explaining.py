@@ -10,7 +10,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 
 from crosshead.activations.base_model import LanguageModel
-from crosshead.analysis.qk_explain import Explanation, deleted_pattern, explain_attention
+from crosshead.analysis.qk_explain import Explanation, compare_deletion, deleted_pattern, explain_attention
 from crosshead.analysis.qk_induction import InductionConfig, induction_features
 from crosshead.analysis.qk_planted import PlantedQKConfig, planted_trial
 from crosshead.attention.qk_diagonal import Module
@@ -80,13 +80,17 @@ def explained(
 
 
 def explained_decision(module: Module, model: LanguageModel, decision: Decision, top: int) -> dict[str, Any]:
-    """The record of one decision: ranked pairs, sum and error, and what deleting the pairs does."""
+    """The record of one decision: ranked pairs, sum and error, and what deleting the pairs does.
+
+    ``attention_after_predicted`` and ``deletion_difference`` are the same arithmetic as the model's own
+    ``attention_after``; what features alone predict of it is under ``predicted_from_features_alone``.
+    """
     heads = module.heads.tolist() if decision.head is None else [decision.head]
     found = [explain_attention(module, model, decision.text, head, decision.query, decision.key) for head in heads]
     best = max(found, key=lambda e: (float(e.pattern[e.key]), -e.head))
     deleted = [pair.feature for pair in best.pairs[:top] if pair.contribution > 0]
     after, logits = deleted_pattern(module, model, best, deleted)
-    paper = best.predicted_after(module, deleted)
+    paper, alone = best.predicted_after(module, deleted), best.features_pattern(module, deleted)
     others = _others(best, deleted)
     control = None if others is None else deleted_pattern(module, model, best, others)[0]
     return {
@@ -109,9 +113,10 @@ def explained_decision(module: Module, model: LanguageModel, decision: Decision,
         "attention_after": float(after[best.key]),
         "attention_after_predicted": float(paper[best.key]),
         "deletion_difference": float((after - paper).abs().max()),
+        "predicted_from_features_alone": compare_deletion(module, best, deleted, after)._asdict(),
         "attention_after_others": None if control is None else float(control[best.key]),
         "next_token": _top_token(model, best, logits),
-        "strongest_keys": _strongest(best),
+        "strongest_keys": _strongest(best, after, alone),
     }
 
 
@@ -127,7 +132,10 @@ def _top_token(model: LanguageModel, explanation: Explanation, logits: torch.Ten
     return str(model.tokenizer.decode([int(logits[explanation.query].argmax())]))
 
 
-def _strongest(explanation: Explanation) -> list[dict[str, Any]]:
+def _strongest(explanation: Explanation, after: torch.Tensor, alone: torch.Tensor) -> list[dict[str, Any]]:
+    """Keys with the most attention: the model's and the features', before the deletion and after it."""
+    columns = {"attention": explanation.pattern, "predicted": explanation.predicted_pattern,
+               "attention_after": after, "predicted_after": alone}  # fmt: skip
     order = explanation.pattern.argsort(descending=True, stable=True)[:5].tolist()
-    return [{"position": s, "token": explanation.tokens[s], "attention": float(explanation.pattern[s]),
-             "predicted": float(explanation.predicted_pattern[s])} for s in order]  # fmt: skip
+    return [{"position": s, "token": explanation.tokens[s], **{name: float(x[s]) for name, x in columns.items()}}
+            for s in order]  # fmt: skip

@@ -109,7 +109,7 @@ def collect(
         "layers_chosen_by": layers_chosen_by,
         "survey": list(survey),
         "frontier": [{k: record[k] for k in _FLAT} | _details(record) for record in records],
-        "comparisons": _comparisons(series, config),
+        "comparisons": _beside_null(_comparisons(series, config), series, nulls, config),
         "matched_l0": _matched(series, references, config),
         "references": references,
         "clusters": clusters["clusters"],
@@ -194,6 +194,21 @@ def _comparisons(series: Mapping[str, list[Record]], config: ReportConfig) -> Re
             if len(alike[0]) < len(series[name]):
                 found[f"{control}_over_sum"]["own"] = _over_sum(*alike)
     return found
+
+
+def _beside_null(
+    comparisons: Record, series: Mapping[str, list[Record]], nulls: Record | None, config: ReportConfig
+) -> Record:
+    """With ``own`` where a sweep has more sparsities than its one-head null: the comparison at the null's."""
+    for name in (config.mtc, *config.mtc_penalties):
+        key = "mtc_over_top1" if name == config.mtc else f"{name}_over_top1"
+        planted = {float(row["k"]) for row in (nulls or {"rows": []})["rows"] if row["series"] == name}
+        if key in comparisons:
+            sweeps = _alike(series[name], series[config.top1])
+            own = tuple([record for record in sweep if record["sparsity_value"] in planted] for sweep in sweeps)
+            if len(planted) >= 2 and len(own[0]) < len(sweeps[0]):
+                comparisons[key]["own"] = _seeded(compare_series(*own), *own)
+    return comparisons
 
 
 def _alike(*sweeps: list[Record]) -> tuple[list[Record], ...]:

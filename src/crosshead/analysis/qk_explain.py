@@ -4,8 +4,16 @@ Shape legend: F features, T positions of the prompt.
 
 The score of a key, centred over the query's counted keys, is what the features write there less what they write on
 average, plus what no feature writes (the base, where the model has one), plus an error: the part of the real score
-that the features miss. An explanation states all of it. Deleting feature pairs takes what they write out of the model's
-own scores and lets its softmax do the rest (``deleted_pattern`` in the running model, ``predicted_after`` on paper).
+that the features miss. An explanation states all of it.
+
+Deleting feature pairs takes what they write out of the model's own scores and lets its softmax do the rest
+(``deleted_pattern``, in the running model). Two predictions stand beside it:
+
+- *same arithmetic* (``predicted_after``): the same subtraction from the same real scores, on paper. It has to agree to
+  rounding whatever the features are: it tests the intervention and says nothing of the features.
+- *from features alone* (``features_pattern``): the pairs are taken out of the predicted scores, those of the features
+  and of the base where there is one. It is as far from the model as the error at every key makes it
+  (``compare_deletion``).
 """
 
 from dataclasses import dataclass
@@ -22,7 +30,7 @@ from crosshead.analysis.qk_contributions import contributions
 from crosshead.attention.qk_diagonal import Module
 from crosshead.dictionaries.base import Batch
 
-__all__ = ["Explanation", "FeaturePair", "deleted_pattern", "explain_attention"]
+__all__ = ["Deletion", "Explanation", "FeaturePair", "compare_deletion", "deleted_pattern", "explain_attention"]
 
 
 class FeaturePair(NamedTuple):
@@ -66,6 +74,8 @@ class Explanation:
     """What every feature writes into the query's scores, the beginning-of-text key's (0) included; not centred."""
     scores: Float[Tensor, " T"]
     """Real scores of the query; -inf at keys that it may not attend to."""
+    predicted_scores: Float[Tensor, " T"]
+    """By the features and the base, up to a constant; -inf at keys that it may not attend to."""
     pattern: Float[Tensor, " T"]
     """Real attention of the query."""
     predicted_pattern: Float[Tensor, " T"]
@@ -74,9 +84,16 @@ class Explanation:
     """The prompt as the module reads it."""
 
     def predicted_after(self, module: Module, features: list[int]) -> Float[Tensor, " T"]:
-        """The query's attention once these features' pairs are taken out of its real scores."""
-        changed = torch.where(self.scores.isfinite(), self.scores - self.written[features].sum(0), 0.0)
-        return _pattern_row(module, changed, self.scores.isfinite(), self.head)
+        """The query's attention once these features' pairs are taken out of its real scores: the same arithmetic."""
+        return self._without(module, self.scores, features)
+
+    def features_pattern(self, module: Module, without: list[int]) -> Float[Tensor, " T"]:
+        """The query's attention by predicted scores without these features' pairs: from features alone."""
+        return self._without(module, self.predicted_scores, without)
+
+    def _without(self, module: Module, scores: Float[Tensor, " T"], features: list[int]) -> Float[Tensor, " T"]:
+        changed = torch.where(scores.isfinite(), scores - self.written[features].sum(0), 0.0)
+        return _pattern_row(module, changed, scores.isfinite(), self.head)
 
     def table(self, top: int = 10) -> str:
         """The explanation in lines of text."""
@@ -129,7 +146,8 @@ def explain_attention(
     tokens = [str(model.tokenizer.decode([token])) for token in batch.tokens[0].tolist()]
     return Explanation(
         tokens, head, place, chosen, score, whole, whole - features, score - whole, pairs, written,
-        true.masked_fill(~allowed, -torch.inf), pattern, predicted_pattern, batch,
+        true.masked_fill(~allowed, -torch.inf), predicted.masked_fill(~allowed, -torch.inf), pattern,
+        predicted_pattern, batch,
     )  # fmt: skip
 
 
@@ -153,3 +171,39 @@ def deleted_pattern(
 
     logits, pattern = run_rescored(model, explanation.batch.tokens, module.layer, change)
     return pattern[0, explanation.head, explanation.query], logits[0]
+
+
+class Deletion(NamedTuple):
+    """What deleting pairs does to a query's attention: by the features alone, and in the model.
+
+    A distance is the total variation: half the summed differences of two patterns, from 0 to 1.
+    """
+
+    attention_after: float
+    """On the key that is explained, by the features alone."""
+    fall: float
+    """Of attention on that key, by the features alone."""
+    model_fall: float
+    """The same in the running model."""
+    distance: float
+    """Between the features' pattern and the model's, both after the deletion."""
+    distance_before: float
+    """Between the two before it."""
+    model_distance: float
+    """Between the model's own patterns before and after: the error of a prediction that nothing changes."""
+
+
+def compare_deletion(
+    module: Module, explanation: Explanation, features: list[int], after: Float[Tensor, " T"]
+) -> Deletion:
+    """What features alone say of deleting pairs, beside ``after``, the running model's pattern without them."""
+    key, before, predicted = explanation.key, explanation.pattern, explanation.predicted_pattern
+    predicted_after = explanation.features_pattern(module, features)
+    return Deletion(
+        float(predicted_after[key]), float(predicted[key] - predicted_after[key]), float(before[key] - after[key]),
+        _total_variation(predicted_after, after), _total_variation(predicted, before), _total_variation(before, after),
+    )  # fmt: skip
+
+
+def _total_variation(first: Float[Tensor, " T"], second: Float[Tensor, " T"]) -> float:
+    return float((first - second).abs().sum()) / 2

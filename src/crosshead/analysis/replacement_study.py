@@ -25,7 +25,7 @@ class ReplacementsConfig(BaseModel):
     trigram_heads: Number = 10
     """Heads whose strongest pair of tokens is checked by intervention."""
     trigram_events: Number = 8
-    """Places of each pair, on training and on held-out contexts, at which what the head writes is removed."""
+    """Places of each pair, on either split, at which what the head moves from the key is removed."""
     trigram_train_contexts: Number = 24
     """Training contexts that pairs are looked for in."""
     trigram_heldout_contexts: Number = 32

@@ -1,4 +1,4 @@
-"""Rules that turn measured numbers into verdicts. Written before the numbers; docs/verdicts.md says them in words.
+"""Rules that turn measured numbers into verdicts. docs/verdicts.md says them in words, and which came after numbers.
 
 A verdict is ``inconclusive`` unless its rule is met. One trained dictionary never decides, nor does one seed.
 """
@@ -23,8 +23,8 @@ __all__ = [
     "commands",
     "decide",
     "lies_below",
-    "objective",
     "objective_text",
+    "objectives",
     "of_interval",
     "of_series",
     "ratio_text",
@@ -160,22 +160,19 @@ def ratio_text(comparison: Record) -> str:
     return f"normalised MSE ratio {comparison['ratio']:.3f} ({interval}){where}; {sample}"
 
 
-def objective(comparison: Record) -> float | None:
-    """Geometric mean of the objective ratios over coefficients and seeds; None where no L1 run was compared."""
-    ratios = [row["ratio"] for row in comparison["objective"]]
-    return math.exp(sum(map(math.log, ratios)) / len(ratios)) if ratios else None
+def objectives(comparison: Record) -> dict[float, float]:
+    """By coefficient, largest first, the objective ratio: geometric mean over seeds. Empty without L1 runs."""
+    ratios: dict[float, list[float]] = {}
+    for row in comparison["objective"]:
+        ratios.setdefault(row["coefficient"], []).append(math.log(row["ratio"]))
+    largest_first = sorted(ratios.items(), reverse=True)
+    return {coefficient: math.exp(sum(found) / len(found)) for coefficient, found in largest_first}
 
 
 def objective_text(comparison: Record) -> str:
-    """Objective ratios, mean over seeds, one figure per coefficient; empty where no L1 run was compared."""
-    ratios: dict[float, list[float]] = {}
-    for row in comparison["objective"]:
-        ratios.setdefault(row["coefficient"], []).append(row["ratio"])
-    if not ratios:
-        return ""
-    largest_first = sorted(ratios.items(), reverse=True)
-    listed = ", ".join(f"{sum(found) / len(found):.3f} ({coefficient:g})" for coefficient, found in largest_first)
-    return f"; objective ratio (coefficient) {listed}"
+    """Objective ratios, one figure per coefficient; empty where no L1 run was compared."""
+    listed = ", ".join(f"{ratio:.3f} ({coefficient:g})" for coefficient, ratio in objectives(comparison).items())
+    return f"; objective ratio (coefficient) {listed}" if listed else ""
 
 
 def budget_text(comparison: Record) -> str:

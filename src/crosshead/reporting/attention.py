@@ -34,7 +34,9 @@ _INDUCTION = (
     Column("share on text", "share_text", "{:.1%}"), Column("expected", "expected_text", "{:.1%}"),
     Column("largest of permuted pairs", "permuted_largest", "{:.1%}"), Column("p", "p_value", "{:.3f}"),
     Column("query side", "query_text"), Column("before the key", "before_text"), Column("key side", "key_text"),
-    Column("same token", "alike_token", "{:.0%}"), Column("an example: key", "example_key"),
+    Column("same token", "alike_token", "{:.0%}"), Column("else same word", "alike_word", "{:.0%}"),
+    Column("else three letters", "alike_substring", "{:.0%}"), Column("else same class", "alike_word class", "{:.0%}"),
+    Column("not alike", "alike_none", "{:.0%}"), Column("an example: key", "example_key"),
     Column("its query", "example_query"),
 )  # fmt: skip
 _PAIRS = (
@@ -44,7 +46,13 @@ _PAIRS = (
 )  # fmt: skip
 _KEYS = (
     Column("position", "position"), Column("key", "text"), Column("attention", "attention", "{:.1%}"),
-    Column("by the features", "predicted", "{:.1%}"),
+    Column("by the features", "predicted", "{:.1%}"), Column("after the deletion", "attention_after", "{:.1%}"),
+    Column("after it, predicted from features alone", "predicted_after", "{:.1%}"),
+)  # fmt: skip
+_DELETION = (
+    Column("deletion of the pairs, predicted", "how"), Column("attention on the key falls by", "model_fall", "{:.1%}"),
+    Column("predicted fall", "fall", "{:.1%}"), Column("distance of the patterns after it", "distance", "{:.2g}"),
+    Column("before it", "distance_before", "{:.2g}"), Column("of the model's own two", "model_distance", "{:.2g}"),
 )  # fmt: skip
 _LAYERS = (
     Column("run", "run"), Column("variant", "variant"), Column("heads or features", "features", "{:,}"),
@@ -62,7 +70,8 @@ _TRIGRAMS = (
     Column("promotes", "token_text"), Column("fall of its logit", "fall", "{:.3f}"),
     Column("other head", "fall_other_head", "{:.3f}"), Column("other token", "fall_other_token", "{:.3f}"),
     Column("other places", "fall_other_pair", "{:.3f}"), Column("attention", "attention", "{:.1%}"),
-    Column("elsewhere", "attention_elsewhere", "{:.1%}"), Column("confirmed", "confirmed"),
+    Column("elsewhere", "attention_elsewhere", "{:.1%}"), Column("lift", "lift", "{:.1f}"),
+    Column("confirmed", "confirmed"),
 )  # fmt: skip
 _INDUCTION_HEADS = (
     Column("run", "run"), Column("live", "n_live", "{:,}"), Column("induction heads", "n_found"),
@@ -155,7 +164,7 @@ def _reference_rows(records: Sequence[Record]) -> list[Record]:
 
 def _induction_row(run: str, feature: Record) -> Record:
     examples = feature["examples"]
-    row = {"run": run, **feature, "alike_token": feature["alike"]["token"]}
+    row = {"run": run, **feature, **{f"alike_{name}": share for name, share in feature["alike"].items()}}
     for side, name in (("query", "query"), ("before_key", "before"), ("key", "key")):
         row[f"{name}_text"] = _side(feature[side])
     if examples:
@@ -178,18 +187,29 @@ def _decision(decision: Record) -> Record:
                      "how": "by centring" if pair["by_centring"] else ""} for pair in decision["pairs"]]  # fmt: skip
     keys = [key | {"text": quoted(key["token"])} for key in decision["strongest_keys"]]
     texts = {name: quoted(decision[name]) for name in ("text", "query_token", "key_token", "next_token")}
-    return decision | texts | {"pairs": markdown_table(_PAIRS, pairs), "keys_table": markdown_table(_KEYS, keys),
+    tables = [markdown_table(_KEYS, keys)]
+    if alone := decision.get("predicted_from_features_alone"):
+        tables.append(markdown_table(_DELETION, _deletion_rows(decision, alone)))
+    return decision | texts | {"pairs": markdown_table(_PAIRS, pairs), "keys_table": "\n\n".join(tables),
                                "n_deleted": len(deleted)}  # fmt: skip
+
+
+def _deletion_rows(decision: Record, alone: Record) -> list[Record]:
+    """The prediction that tests the features, then the one that tests the intervention alone."""
+    same = {"fall": decision["attention"] - decision["attention_after_predicted"], "model_fall": alone["model_fall"]}
+    return [alone | {"how": "from features alone"}, same | {"how": "by the same arithmetic on the model's own scores"}]
 
 
 def _layer_row(record: Record) -> Record:
     measured, config = record["evaluation"], record["config"]
     spreads = {name: measured[name]["median"] for name in ("rank_qk", "rank_ov", "pattern_entropy", "first_token")}
+    if config["variant"]["kind"] == "combined":
+        spreads["rank_qk"] = None  # qk_active of the parameters, nothing that was measured
     return record | spreads | {"variant": config["variant"]["kind"].replace("_", " "), "head_dim": config["head_dim"],
                               "start": str(config.get("start", "random")).replace("_", " "),
                               "penalties": _penalties(config),
-                               "normalised_mse_refit": measured["normalised_mse_refit"],
-                               "heads_alive": measured["heads_alive"]}  # fmt: skip
+                              "normalised_mse_refit": measured["normalised_mse_refit"],
+                              "heads_alive": measured["heads_alive"]}  # fmt: skip
 
 
 def _trigram_row(run: str, triple: Record) -> Record:

@@ -1,10 +1,11 @@
 """Figures of QK features and attention replacement layers, from the report's numbers alone."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
+from matplotlib import ticker
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -18,6 +19,11 @@ _DENSE = {
     "svd-content": ("SVD without position", ":"),
     "coordinates": ("signed coordinates", "-."),
 }
+_KINDS = {
+    "replacement": "replacement layers",
+    "combined": "combined layers",
+    "mtc": "transcoders",
+}
 _LEVELS = {"mean-score": "mean score by distance", "mean-query-key": "mean query and mean key"}
 
 
@@ -30,7 +36,8 @@ def draw_attention(metrics: Mapping[str, Any], directory: Path) -> None:
     if layers:
         replacement_errors(layers, directory / "replacement_errors.png")
     if lengths := (metrics["replacements"] or {}).get("description_lengths"):
-        description_lengths(lengths, directory / "description_length.png")
+        combined = {r["run"] for r in layers if r["config"]["variant"]["kind"] == "combined"}
+        description_lengths(lengths, combined, directory / "description_length.png")
 
 
 def qk_frontiers(records: Sequence[Record], path: Path) -> None:
@@ -93,19 +100,46 @@ def replacement_errors(records: Sequence[Record], path: Path) -> None:
         save(figure, path)
 
 
-def description_lengths(rows: Sequence[Record], path: Path) -> None:
-    """Bits per position against error: all that is sent (filled), and activations alone (hollow)."""
+def description_lengths(rows: Sequence[Record], combined: Set[str], path: Path) -> None:
+    """Error over bits per position: activations of all runs, then a panel per kind with the attended positions as well.
+
+    Bits of positions mean something else in every kind; activations compare. ``combined``: runs of combined replacement
+    layers, which are a kind of their own. Autoencoders say nothing of positions and have no such panel.
+    """
+    kinds = dict.fromkeys(kind for row in rows if (kind := _kind(row, combined)) is not None)
     with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(7.0, 4.4))
-        axes = figure.add_subplot()
+        figure = Figure(figsize=(4.6 + 3.1 * len(kinds), 4.2))
+        every, *panels = figure.subplots(
+            1, 1 + len(kinds), sharey=True, squeeze=False, width_ratios=[1.4] + [1.0] * len(kinds)
+        )[0]
         for i, row in enumerate(rows):
-            colour, error = COLOURS[i % len(COLOURS)], row["normalised_mse"]
-            axes.plot([row["bits_activations"], row["bits"]], [error, error], "-", color=colour, linewidth=0.8)
-            axes.plot([row["bits_activations"]], [error], "o", color=colour, markerfacecolor="white")
-            axes.plot([row["bits"]], [error], "o", color=colour, label=row["run"])
-        axes.set(xlabel="bits per position: activations (hollow), and attended positions as well (filled)",
-                 ylabel="normalised MSE of the attention output",
-                 title="Description length of what stands in for attention")  # fmt: skip
-        logarithmic(axes)
-        axes.legend(fontsize=8)
+            _draw_length(every, row, "bits_activations", i, label=row["run"])
+        every.set(xlabel="bits per position", ylabel="normalised MSE of the attention output",
+                  title="Activations alone: all compare")  # fmt: skip
+        every.legend(fontsize=8)
+        for axes, kind in zip(panels, kinds, strict=True):
+            for i, row in enumerate(rows):
+                if _kind(row, combined) == kind:
+                    _draw_length(axes, row, "bits", i)
+            axes.set(xlabel="bits per position", title=f"With positions: {kind}")
+        for axes in (every, *panels):
+            logarithmic(axes)
+            axes.margins(x=0.3)
+            axes.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 3)))
+            axes.xaxis.set_major_formatter(ticker.FuncFormatter(lambda bits, _: f"{bits:,.0f}"))
+        figure.suptitle("Description length of what stands in for attention; bits with positions compare within one "
+                        "panel only, not across panels", fontsize=9)  # fmt: skip
+        figure.tight_layout()
         save(figure, path)
+
+
+def _kind(row: Record, combined: Set[str]) -> str | None:
+    """What bits of positions compare within; None where nothing says where anything comes from."""
+    if row["architecture"] == "attn_out_sae":
+        return None
+    kind = "combined" if row["run"] in combined else row["architecture"]
+    return _KINDS.get(kind, kind.replace("_", " "))
+
+
+def _draw_length(axes: Axes, row: Record, bits: str, i: int, label: str | None = None) -> None:
+    axes.plot([row[bits]], [row["normalised_mse"]], "o", color=COLOURS[i % len(COLOURS)], label=label)

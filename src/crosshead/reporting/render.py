@@ -109,6 +109,8 @@ _TOYS = (
     Column("trained toy", "toy"),
     Column("seed", "seed"),
     Column("accuracy", "accuracy", "{:.1%}"),
+    Column("L0 of the MTC", "mtc_l0", "{:.2f}"),
+    Column("of Top-1", "top1_l0", "{:.2f}"),
     Column("MTC over Top-1", "ratio", "{:.3f}"),
     Column("one-head null", "null_ratio", "{:.3f}"),
     Column("said to be superposed", "superposed"),

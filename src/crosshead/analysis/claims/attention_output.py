@@ -43,7 +43,8 @@ def _attention_output(metrics: Record, config: Any) -> Finding | None:
         f"{_share(at['ce_recovered'])} ({at['n_tokens_spliced']:,} tokens).{counts}",
         control=f"{near['run']}, which predicts the same output from the layer's input: {near['normalised_mse']:.4f} at L0 "
         f"{near['l0']:.0f} (key side), {near['dead_fraction']:.0%} dead, {_share(near['ce_recovered'])} recovered. Expected "
-        "label counts are those of shuffled positions.",
+        "label counts are those of keys drawn at random and of exchanged pairs; a layer with induction heads exceeds them "
+        "easily.",
         verdict=verdict,
         rule=f"Supports when both kinds are found at {SEEDS_TO_DECIDE} seeds or more, {COHERENT_LIFT:g} times as often as "
         f"expected; contradicts when neither is at any.",
@@ -94,7 +95,8 @@ def _induction_heads(metrics: Record, config: Any) -> Finding | None:
         control=f"All features of the same dictionary: {_percent(heads['expected_share'])}.",
         verdict=verdict,
         rule=f"Supports when the interval of the share over induction features (ten or more) lies above the share of all "
-        f"features at {SEEDS_TO_DECIDE} seeds or more, contradicts when below at every one.",
+        f"features at {SEEDS_TO_DECIDE} seeds or more, contradicts when below at every one. Features are called induction "
+        "features by the places they move from, through the same heads, so this is a check of consistency.",
         reason=reason,
         picture=None,
         commands=commands(metrics, "meaning", "report"),

@@ -8,6 +8,8 @@ from crosshead.analysis.rules import SEEDS_TO_DECIDE, Decision, Finding, Record,
 __all__ = ["decide_planted", "findings"]
 
 _RECOVERED = 0.95
+_EQUAL_L0 = 1.05
+"""An MTC that uses up to 5% more features per position than Top-1 is compared with it at equal L0."""
 
 
 def findings(metrics: Record, config: Any) -> list[Finding | None]:
@@ -25,8 +27,9 @@ def findings(metrics: Record, config: Any) -> list[Finding | None]:
         control="Half of the layers hold one head per feature, half of the pairs share nothing.",
         verdict=verdict,
         rule=f"Supports when, at {SEEDS_TO_DECIDE} seeds or more, an MTC recovers {_RECOVERED:.0%} of the features of every "
-        "layer, Top-1 less than half of the spread ones, and every layer, pair and toy is called what it is; contradicts "
-        "when an MTC recovers less than half, or most calls are wrong.",
+        "layer, Top-1 less than half of the spread ones and more than half of the others, and every layer, pair and toy is "
+        f"called what it is (a toy's call counts where the MTC's L0 is at most {_EQUAL_L0 - 1:.0%} above Top-1's); "
+        "contradicts when an MTC recovers less than half, or most calls are wrong.",
         reason=reason,
         picture="planted_phases.png" if any(row["question"] == "phases" for row in rows) else None,
         commands=commands(metrics, "planted", "report"),
@@ -54,7 +57,7 @@ def calls(rows: Sequence[Record]) -> list[bool]:
     """For every layer, pair of layers and toy: whether the analysis called it what it is."""
     right = [r["superposed"] == (r["layer"] == "superposed") for r in _of(rows, question="superposition")]
     right += [r["found"] == (r["layers"] == "shared") for r in _of(rows, question="shared_layers")]
-    return right + [r["superposed"] for r in _of(rows, question="toys")]
+    return right + [r["superposed"] and r["mtc_l0"] <= _EQUAL_L0 * r["top1_l0"] for r in _of(rows, question="toys")]
 
 
 def _told(rows: Sequence[Record]) -> str:
@@ -65,7 +68,8 @@ def _told(rows: Sequence[Record]) -> str:
 def decide_planted(rows: Sequence[Record]) -> Decision:
     """See the rule in ``findings``."""
     mtc = _of(rows, question="recovery", architecture="mtc")
-    spread = _of(rows, question="recovery", architecture="top1", layer="superposed")
+    spread, alone = (_of(rows, question="recovery", architecture="top1", layer=layer)
+                     for layer in ("superposed", "one-head"))  # fmt: skip
     right = calls(rows)
     if not mtc or not right:
         return Decision("inconclusive", "recovery or calls were not measured")
@@ -73,9 +77,11 @@ def decide_planted(rows: Sequence[Record]) -> Decision:
         return few
     least = min(row["share_recovered"] for row in mtc)
     most = max((row["share_recovered"] for row in spread), default=1.0)
+    fewest = min((row["share_recovered"] for row in alone), default=0.0)
     if least < 0.5 or sum(right) < len(right) / 2:
         return Decision("contradicts", f"least recovered {least:.0%}, {sum(right)} of {len(right)} calls right")
-    if least >= _RECOVERED and most < 0.5 and all(right):
+    if least >= _RECOVERED and most < 0.5 < fewest and all(right):
         return Decision("supports", f"least recovered {least:.0%}, all {len(right)} calls right")
-    return Decision("inconclusive", f"least recovered {least:.0%}, Top-1 up to {most:.0%} of spread features, "
+    return Decision("inconclusive", f"least recovered {least:.0%}, Top-1 {most:.0%} at most of spread features and {fewest:.0%} at "
+                    "least of the others, "
                     f"{sum(right)} of {len(right)} calls right")  # fmt: skip

@@ -28,6 +28,10 @@ INDUCTION = 0.3
 """Score from which a feature is an induction feature: the one that ``n_induction`` counts by."""
 CLEAR = 0.8
 """Share of the described features that must beat every permuted pair."""
+READABLE = 0.5
+"""Share of the described features of which a side must be described by something finer than ``broad``."""
+EQUIVALENT = 0.1
+"""A gain of 10% that an interval does not exclude is not absent."""
 
 
 def findings(metrics: Record, config: Any) -> list[Finding | None]:
@@ -84,7 +88,8 @@ def _insufficient(metrics: Record, records: Sequence[Record]) -> Finding | None:
         verdict=verdict,
         rule=f"Supports when no run of the sweep comes to {LOW:g} or below at a pair L0 below that of the exact coordinate "
         f"basis although the sweep goes to the pair L0 at which the truncated SVD does, at {SEEDS_TO_DECIDE} seeds or more; "
-        "contradicts when one of every seed does.",
+        "contradicts when one of every seed does, at a pair L0 at which neither the SVD nor signed coordinates do: these are "
+        "dense rank-1 features, so coming to what they reach shows nothing about sparse ones.",
         reason=reason,
         picture="qk_frontier.png",
         commands=commands(metrics, "attention", "report"),
@@ -98,15 +103,19 @@ def decide_insufficient(records: Sequence[Record]) -> Decision:
         return few
     if min(map(len, seeds.values())) < 4:
         return Decision("inconclusive", "fewer than four sparsities at a seed")
-    reached = [any(r["normalised_mse"] <= LOW and r["l0"] < _exact_l0(r) for r in own) for own in seeds.values()]
+    reached = [[r for r in own if r["normalised_mse"] <= LOW and r["l0"] < _exact_l0(r)] for own in seeds.values()]
     if not any(reached):
         if any(max(r["l0"] for r in own) < _low_l0(own[0]) for own in seeds.values()):
             return Decision(
                 "inconclusive", f"the sweep ends before the pair L0 at which a truncated SVD comes to {LOW:g}"
             )
         return Decision("supports", f"no run comes to {LOW:g}")
+    if all(any(r["l0"] < _low_l0(r) for r in own) for own in reached):
+        return Decision("contradicts", f"every seed has a run at {LOW:g} or below, before any reference comes to it")
     if all(reached):
-        return Decision("contradicts", f"every seed has a run at {LOW:g} or below")
+        return Decision(
+            "inconclusive", f"every seed has a run at {LOW:g} or below, where dense references have one too"
+        )
     return Decision("inconclusive", f"some seeds have a run at {LOW:g} or below, others none")
 
 
@@ -116,11 +125,11 @@ def _exact_l0(record: Record) -> float:
 
 
 def _low_l0(record: Record) -> float:
-    """Pair L0 of the first truncated SVD with a low error; infinite without one."""
+    """Pair L0 of the first truncated SVD or set of coordinates with a low error; infinite without one."""
     low = [
         r["l0"]
         for r in record["evaluation"]["references"]
-        if r["name"].startswith("svd/") and r["normalised_mse"] <= LOW
+        if r["name"].startswith(("svd/", "coordinates/")) and r["normalised_mse"] <= LOW
     ]
     return min(low, default=float("inf"))
 
@@ -148,7 +157,7 @@ def _multi_head(metrics: Record, records: Sequence[Record]) -> Finding | None:
         verdict=verdict,
         rule=f"Over each seed's sweep the error falls by a factor 2^-b per doubling of L0 (least squares in logarithms): "
         f"supports when every seed's doubling lowers it by less than {STEEP:.0%}, contradicts when every seed's lowers it by "
-        f"more; {SEEDS_TO_DECIDE} seeds, three sparsities.",
+        f"more; {SEEDS_TO_DECIDE} seeds, three sparsities. L0 is set here, where the source's models chose it.",
         reason=reason,
         picture="qk_frontier.png",
         commands=commands(metrics, "attention", "report"),
@@ -203,8 +212,9 @@ def _features(metrics: Record, records: Sequence[Record]) -> Finding | None:
                          for name, found in comparisons.items()) + ".",
         control=f"{base[0]['features']:,} features: {_curve(base)}.",
         verdict=verdict,
-        rule="Supports when no number of features has a ratio of errors at equal pair L0 whose whole interval lies below 1; "
-        "contradicts when all have. Three seeds, equal tokens, four sparsities in both sweeps.",
+        rule="Supports when no number of features has a ratio of errors at equal pair L0 whose whole interval lies below 1, "
+        f"and every interval excludes a gain of {EQUIVALENT:.0%}; contradicts when all lie below 1. Three seeds, equal "
+        "tokens, four sparsities in both sweeps.",
         reason=reason,
         picture="qk_frontier.png",
         commands=commands(metrics, "attention", "report"),
@@ -223,6 +233,11 @@ def decide_features(comparisons: Sequence[Record | None]) -> Decision:
         return Decision("contradicts", "more features have a lower error at equal pair L0")
     if any(better):
         return Decision("inconclusive", "some numbers of features have a lower error, others not")
+    lowest = min(c["interval"][0] for c in comparisons if c is not None)
+    if lowest <= 1 - EQUIVALENT:
+        return Decision(
+            "inconclusive", f"an interval begins at {lowest:.2f}: a gain of {EQUIVALENT:.0%} is not excluded"
+        )
     return Decision("supports", "no number of features has a lower error at equal pair L0")
 
 
@@ -237,7 +252,9 @@ def _rank(metrics: Record, records: Sequence[Record]) -> Finding | None:
     if not ranks or not base:
         return None
     comparisons = {rank: _compared(_of(records, f"{SERIES['high_rank']}{rank}"), base) for rank in ranks}
-    verdict, reason = decide_rank(comparisons)
+    highest = _of(records, f"{SERIES['high_rank']}{max(ranks)}")
+    per_number = _compared([r | {"l0": r["l0"] * max(ranks)} for r in highest], base)
+    verdict, reason = decide_rank(comparisons, per_number)
     listed = "; ".join(f"rank {rank}: {_curve(_of(records, SERIES['high_rank'] + str(rank)))} ({_ratio(found)})"
                        for rank, found in comparisons.items())  # fmt: skip
     return Finding(
@@ -245,20 +262,30 @@ def _rank(metrics: Record, records: Sequence[Record]) -> Finding | None:
         title="High-rank QK features do better",
         claim="QK features of higher rank reach a lower error than rank-1 features.",
         figure=f"Normalised MSE at pair L0, and ratio to rank 1 at equal pair L0, {listed}.",
-        control=f"Rank 1: {_curve(base)}. One active pair of rank r holds r numbers on either side: at equal L0 times rank "
-        "the comparison is stricter, see the table.",
+        control=f"Rank 1: {_curve(base)}. An active pair of rank r holds r numbers on either side; at equal pair L0 times "
+        f"rank, rank {max(ranks)} over rank 1: {_ratio(per_number)}.",
         verdict=verdict,
-        rule="Supports when the highest rank's ratio to rank 1 at equal pair L0 has its whole interval below 1, contradicts when "
-        "above; three seeds, equal tokens, four sparsities in both sweeps.",
+        rule="Supports when the highest rank's ratio to rank 1 at equal pair L0 has its whole interval below 1 and that at equal "
+        "pair L0 times rank not its whole interval above, contradicts when the first lies above; three seeds, equal tokens, "
+        "four sparsities in both sweeps.",
         reason=reason,
         picture="qk_frontier.png",
         commands=commands(metrics, "attention", "report"),
     )
 
 
-def decide_rank(comparisons: Mapping[int, Record | None]) -> Decision:
-    """The highest rank against rank 1, at equal pair L0."""
-    return decide(comparisons[max(comparisons)]) if comparisons else Decision("inconclusive", "no higher rank was run")
+def decide_rank(comparisons: Mapping[int, Record | None], per_number: Record | None) -> Decision:
+    """The highest rank against rank 1, at equal pair L0 and (``per_number``) at equal pair L0 times rank."""
+    if not comparisons:
+        return Decision("inconclusive", "no higher rank was run")
+    found = decide(comparisons[max(comparisons)])
+    if found.verdict != "supports":
+        return found
+    if per_number is None or per_number["interval"] is None:
+        return Decision("inconclusive", "better at equal pair L0; no common range of pair L0 times rank")
+    if per_number["interval"][0] > 1:
+        return Decision("inconclusive", "better at equal pair L0, worse at equal pair L0 times rank")
+    return found
 
 
 def _compared(first: Sequence[Record], second: Sequence[Record]) -> Record:
@@ -299,9 +326,10 @@ def _interpretable(metrics: Record, explain: Record | None) -> Finding | None:
         figure=f"{'; '.join(texts)}.",
         control="Every query side paired with the key sides of other live features, on the same held-out text.",
         verdict=verdict,
-        rule=f"Supports when at {SEEDS_TO_DECIDE} seeds or more each has {TOP} features of score {INDUCTION} or more and "
-        f"{CLEAR:.0%} of the clearest {TOP} beat every permuted pair; contradicts when at every seed fewer than half do. "
-        "Of several runs of a seed the one with the most induction features counts.",
+        rule=f"Supports when at {SEEDS_TO_DECIDE} seeds or more each has {TOP} features of score {INDUCTION} or more, "
+        f"{CLEAR:.0%} of the clearest {TOP} beat every permuted pair, and {READABLE:.0%} have a query side, or tokens before "
+        "their keys, that go by a token, word, substring or word class; contradicts when at every seed fewer than half beat "
+        "them. Of several runs of a seed the one with the most induction features counts.",
         reason=reason,
         picture=None,
         commands=commands(metrics, "explain", "report"),
@@ -317,6 +345,11 @@ def decide_interpretable(rows: Sequence[Record]) -> Decision:
         return Decision("inconclusive", f"a seed has fewer than {TOP} induction features")
     shares = [_beating(row) / len(_induction(row)) for row in seeds.values()]
     listed = ", ".join(f"{share:.0%}" for share in shares)
+    read = [sum(map(_readable, _induction(row))) / len(_induction(row)) for row in seeds.values()]
+    if min(shares) >= CLEAR and min(read) < READABLE:
+        least = min(read)
+        return Decision("inconclusive", f"{listed} of the clearest features beat every permuted pair, but at a seed {least:.0%} "
+                        "only have a side that goes by anything")  # fmt: skip
     if min(shares) >= CLEAR:
         return Decision("supports", f"{listed} of the clearest features beat every permuted pair")
     if max(shares) < 0.5:
@@ -327,6 +360,10 @@ def decide_interpretable(rows: Sequence[Record]) -> Decision:
 def _induction(row: Record) -> list[Record]:
     """The described features that are induction features."""
     return [feature for feature in row["features"] if feature["score"] >= INDUCTION]
+
+
+def _readable(feature: Record) -> bool:
+    return any(feature[side]["grain"] not in ("broad", "silent") for side in ("query", "before_key"))
 
 
 def _beating(row: Record) -> int:

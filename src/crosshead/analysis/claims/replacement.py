@@ -56,7 +56,7 @@ def _life(metrics: Record) -> Finding | None:
         title="Attention replacement layers: signs of life",
         claim="Wide replacement layers of simple heads show skip-trigram heads and induction heads.",
         figure=f"{row['run']}: {trigrams['n_confirmed']} of {trigrams['n_heads']} skip trigrams confirmed by removing "
-        f"the head, held-out{f' ({examples}; fall of the logit)' if examples else ''}; {induction['n_found']} induction "
+        f"what the head moves from the key token, held-out{f' ({examples}; fall of the logit)' if examples else ''}; {induction['n_found']} induction "
         f"heads of {induction['n_live']:,} live, best score {induction['best_score']:.2f} (base layer "
         f"{max(induction['base_scores']):.2f}; {induction['n_tokens']:,} random tokens).{loss}",
         control=f"Removing another listed head, the logit of another triple's token, the same head at other pairs' "

@@ -97,6 +97,7 @@ _FRONTIERS: dict[str, tuple[str, str, Sections]] = {
 _FIRST_SEED: dict[str, tuple[str, str, Sections]] = {
     "top1-fixed": ("mtc", "superposition", {"heads_per_feature": 1, "assignment": "fixed"}),
     "mtc-resid": ("mtc", "superposition", {"target": "resid_out"}),
+    "top1-resid": ("mtc", "superposition", {"target": "resid_out", "heads_per_feature": 1}),
     "mtc-nonnegative": ("mtc", "superposition", {"loadings_sign": "nonnegative"}),
 }
 _EVERY_SEED: dict[str, tuple[str, str, Sections]] = {
@@ -173,10 +174,15 @@ def _wide_runs() -> Sections:
 
 
 def _l1_runs() -> Sections:
+    """MTC and Top-1 under every norm of head loadings as a penalty; under top-k it only ranks features."""
     runs: Sections = {}
-    for letter, coefficient in {"a": 2.0, "b": 0.5}.items():
-        sparsity = {"kind": "l1", "coefficient": coefficient, "negative_coefficient": 0.0005}
-        runs[f"mtc-l1-{letter}-s0"] = _top_k("mtc", "mtc-l1", "superposition", 0, 0) | {"sparsity": sparsity}
+    for end, norm in {"": {}, "-norm-l1": {"loadings_penalty": "l1"}, "-norm-l2": {"loadings_penalty": "l2"}}.items():
+        for name, heads in (("mtc", {}), ("top1", {"heads_per_feature": 1})):
+            for letter, coefficient in {"a": 2.0, "b": 0.5}.items():
+                sparsity = {"kind": "l1", "coefficient": coefficient, "negative_coefficient": 0.0005}
+                series = f"{name}-l1{end}"
+                run = _top_k("mtc", series, "superposition", 0, 0, norm | heads)
+                runs[f"{series}-{letter}-s0"] = run | {"sparsity": sparsity}
     return runs
 
 

@@ -318,3 +318,13 @@ def test_a_sweep_is_set_beside_its_null_at_the_nulls_sparsities():
     assert own["n_sparsities"] == 2
     without = collect(**arguments, profile="test", config=CONFIG, inputs={})
     assert "own" not in without["comparisons"]["mtc_over_top1"]
+
+
+def test_another_target_is_shown_for_the_reader():
+    arguments = documents((0,))
+    other = [record(series, l0, factor / l0, target="resid_out", heads_per_feature=heads)
+             for series, factor, heads in (("mtc-resid", 4, "all"), ("top1-resid", 5, 1)) for l0 in (30, 110)]  # fmt: skip
+    arguments["records"] = [r for r in arguments["records"] if r["series"] != "mtc-resid"] + other
+    metrics = collect(**arguments, profile="test", config=CONFIG, inputs={})
+    (found,) = [f for f in judge(metrics, CONFIG) if f.key == "superposition"]
+    assert "For the reader, mtc-resid over top1-resid: normalised MSE ratio 0.800" in found.figure

@@ -71,6 +71,11 @@ class ReportConfig(BaseModel):
     """Series of MTCs that keep few movers per feature, fewest first."""
     variants: tuple[str, ...] = ("mtc-nonnegative", "top1-fixed")
     """Series that are held against Top-1 for the reader: other signs of loadings, heads that never change."""
+    sensitivity: tuple[tuple[str, str], ...] = (
+        ("mtc-resid", "top1-resid"), ("mtc-l1", "top1-l1"), ("mtc-l1-norm-l1", "top1-l1-norm-l1"),
+        ("mtc-l1-norm-l2", "top1-l1-norm-l2"),
+    )  # fmt: skip
+    """MTC and Top-1 side by side for the reader: another target, and the three norms of loadings as L1 penalties."""
 
 
 def collect(
@@ -174,6 +179,7 @@ def _matched(series: Mapping[str, list[Record]], references: Record, config: Rep
 def _comparisons(series: Mapping[str, list[Record]], config: ReportConfig) -> Record:
     pairs = {"mtc_over_top1": (config.mtc, config.top1)}
     pairs |= {f"{name}_over_top1": (name, config.top1) for name in (*config.mtc_penalties, *config.variants)}
+    pairs |= {f"{first}_over_{second}": (first, second) for first, second in config.sensitivity}
     pairs |= {
         "mtc_over_best_head": (config.mtc, config.best_head),
         "top1_over_joint_top1": (config.top1, config.joint_top1),

@@ -61,9 +61,10 @@ def _superposition(metrics: Record, config: Any) -> Finding | None:
     others = "".join(f" {name} over Top-1: {ratio_text(other)}; its null: "
                      + (_null_text(nulls[name]) if name in nulls else "not run") + "."
                      for name, other in norms.items() if other is not None)  # fmt: skip
-    variants = {name: metrics["comparisons"].get(f"{name}_over_top1") for name in config.variants}
-    others += "".join(f" For the reader, {name} over Top-1: {ratio_text(other)}."
-                      for name, other in variants.items() if other is not None)  # fmt: skip
+    variants = {f"{name} over Top-1": f"{name}_over_top1" for name in config.variants}
+    variants |= {f"{first} over {second}": f"{first}_over_{second}" for first, second in config.sensitivity}
+    others += "".join(f" For the reader, {name}: {ratio_text(metrics['comparisons'][key])}."
+                      for name, key in variants.items() if key in metrics["comparisons"])  # fmt: skip
     return Finding(
         key="superposition",
         title="Attention superposition",

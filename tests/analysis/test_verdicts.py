@@ -322,8 +322,9 @@ def test_a_sweep_is_set_beside_its_null_at_the_nulls_sparsities():
 
 def test_another_target_is_shown_for_the_reader():
     arguments = documents((0,))
+    pair = (("mtc-resid", 4, "all"), ("top1-resid", 5, 1))
     other = [record(series, l0, factor / l0, target="resid_out", heads_per_feature=heads)
-             for series, factor, heads in (("mtc-resid", 4, "all"), ("top1-resid", 5, 1)) for l0 in (30, 110)]  # fmt: skip
+             for series, factor, heads in pair for l0 in (30, 110)]  # fmt: skip
     arguments["records"] = [r for r in arguments["records"] if r["series"] != "mtc-resid"] + other
     metrics = collect(**arguments, profile="test", config=CONFIG, inputs={})
     (found,) = [f for f in judge(metrics, CONFIG) if f.key == "superposition"]

@@ -14,12 +14,18 @@ _EVERY_SEED: dict[str, tuple[tuple[int, ...], Sections]] = {
     "qk-rank16": ((2, 4, 8, 16), {"rank": 16}),
     "qk-heads": ((8, 16, 32), {"heads": "all", "base": "mean", "features": 512}),
 }
+_POSITIONAL: Sections = {"heads": [1]}
+"""A head of the default model that looks at positions; the usual one, an induction head, looks at content."""
 _FIRST_SEED: dict[str, tuple[tuple[int, ...], Sections]] = {
     "qk-rank2": ((8,), {"rank": 2}),
     "qk-rank4": ((8,), {"rank": 4}),
     "qk-rank8": ((8,), {"rank": 8}),
     "qk-content": ((32,), {"position": "content"}),
     "qk-rotated": ((32,), {"position": "rotated"}),
+    "qk-resid": ((32,), {"input": "resid"}),
+    "qk-head1": ((32,), _POSITIONAL),
+    "qk-head1-content": ((32,), _POSITIONAL | {"position": "content"}),
+    "qk-head1-rotated": ((32,), _POSITIONAL | {"position": "rotated"}),
 }
 _QK_L1 = {"a": 0.2, "b": 0.1, "c": 0.03, "d": 0.01}
 """Coefficients."""

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Iterable
+from itertools import product
 from typing import Any
 
 import yaml
@@ -74,6 +75,7 @@ def _evidence(sections: Sections) -> str:
         **_frontier_runs(), **_value_runs(_VALUES, _SEEDS, _COEFFICIENTS), **_ablations(_EVERY_SEED, _SEEDS),
         **_wide_runs(), **_value_runs(_VALUES_TWICE, _SEEDS, ("b", "d")), **_settings(sections["training"]),
         **_value_runs(_VALUES_ONCE, (0,), ("b", "d")), **_ablations(_FIRST_SEED, (0,)), **_l1_runs(),
+        **_more_settings(sections),
     }  # fmt: skip
     evidence_attention_(sections)
     return (
@@ -186,24 +188,57 @@ def _l1_runs() -> Sections:
     return runs
 
 
+_RATES = (0.5, 1.0, 2.0)
+_LENGTHS = (0.25, 0.5)
+_STARTS: dict[str, Sections] = {
+    "maps": {"start": "value_maps", "start_tokens": "uniform"},
+    "energy": {"start": "value_maps", "start_tokens": "energy"},
+    "random": {"start": "random"},
+}
+_ANNEALED = {"decay_fraction": 0.8}
+"""At twice the rate both are trained once more so, and the better of the two counts."""
+
+
 def _settings(training: Sections) -> Sections:
-    """MTC and Top-1 at one sparsity from three starts, at three learning rates and two lengths."""
-    starts: dict[str, Sections] = {
-        "maps": {"start": "value_maps", "start_tokens": "uniform"},
-        "energy": {"start": "value_maps", "start_tokens": "energy"},
-        "random": {"start": "random"},
-    }
+    """What a verdict compares, at one sparsity and seed: three learning rates, two lengths and, of MTCs, three starts."""
     runs: Sections = {}
-    for start, own in starts.items():
-        for rate in (0.5, 1.0, 2.0):
-            for length in (0.25, 0.5):
-                for series, heads in (("mtc", {}), ("top1", {"heads_per_feature": 1})):
-                    run = _top_k("mtc", f"{series}-settings", "robustness", 60, 0, own | heads)
-                    run["training"] = {"learning_rate": rate * training["learning_rate"],
-                                       "steps": round(length * training["steps"])}  # fmt: skip
-                    # In percent: DVC reads a dot in a name as a level of the parameter file.
-                    runs[f"{series}-{start}-rate{rate:.0%}-length{length:.0%}".replace("%", "")] = run
+    for start, own in _STARTS.items():
+        for rate, length in product(_RATES, _LENGTHS):
+            for series, heads in (("mtc", {}), ("top1", {"heads_per_feature": 1})):
+                run = _top_k("mtc", f"{series}-settings", "robustness", 60, 0, own | heads)
+                runs[_setting(f"{series}-{start}", rate, length)] = run | {"training": _plan(training, rate, length)}
     return runs
+
+
+def _more_settings(sections: Sections) -> Sections:
+    """The same for the other sides of coupling and for value layers; and MTCs at twice the rate, annealed."""
+    runs: Sections = {}
+    training = sections["training"]
+    of_values = training | sections["dictionaries"]["value_sae"].get("training", {})
+    for rate, length in product(_RATES, _LENGTHS):
+        for series in ("joint-top1", "sae-best-head"):
+            kind, _, own = _FRONTIERS[series]
+            run = _top_k(kind, f"{series}-settings", "robustness", 60, 0, own)
+            runs[_setting(series, rate, length)] = run | {"training": _plan(training, rate, length)}
+    for rate, length in product(_RATES, _LENGTHS):
+        for series, (layers, own) in _VALUES.items():
+            run = _value(f"{series}-settings", layers, _COEFFICIENTS["b"], 0, own) | {"family": "robustness"}
+            runs[_setting(series, rate, length)] = run | {"training": _plan(of_values, rate, length)}
+    for start, length in product(_STARTS, _LENGTHS):
+        for series, heads in (("mtc", {}), ("top1", {"heads_per_feature": 1})):
+            run = _top_k("mtc", f"{series}-settings", "robustness", 60, 0, _STARTS[start] | heads)
+            plan = _plan(training, _RATES[-1], length) | _ANNEALED
+            runs[f"{_setting(f'{series}-{start}', _RATES[-1], length)}-annealed"] = run | {"training": plan}
+    return runs
+
+
+def _plan(training: Sections, rate: float, length: float) -> Sections:
+    return {"learning_rate": rate * training["learning_rate"], "steps": round(length * training["steps"])}
+
+
+def _setting(name: str, rate: float, length: float) -> str:
+    # In percent: DVC reads a dot in a name as a level of the parameter file.
+    return f"{name}-rate{rate:.0%}-length{length:.0%}".replace("%", "")
 
 
 def _top_k(kind: str, series: str, family: str, k: int, seed: int, own: Sections | None = None) -> Sections:

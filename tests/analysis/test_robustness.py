@@ -1,12 +1,12 @@
 import numpy as np
 import pytest
 
-from crosshead.analysis.robustness import compare_settings
+from crosshead.analysis.robustness import compare_objective_settings, compare_settings, unsettled
 from tests.analysis.records import record
 
 
 def run(
-    series: str, l0: float, mse: float, seed: int = 0, start: str = "value_maps", rate: float = 4e-3, steps: int = 500
+    series: str, l0: float, mse: float, seed: int = 0, start: str | None = "value_maps", rate: float = 4e-3, steps: int = 500
 ):
     return record(series, l0, mse, seed, start=start, learning_rate=rate, steps=steps)
 
@@ -70,9 +70,56 @@ def test_settings_of_one_side_only_and_runs_without_a_partner_are_counted():
     assert found.unpaired == 3
 
 
-def test_runs_that_differ_in_something_else_are_refused():
-    twice = [run("mtc", 60, 0.1), run("mtc-wide", 60, 0.08)]
-    with pytest.raises(
-        ValueError, match="runs mtc-60 and mtc-wide-60 share start, learning rate, steps, sparsity and seed"
-    ):
-        compare_settings(twice, [run("top1", 60, 0.1)])
+def test_of_two_schedules_at_one_setting_the_better_counts_on_either_side():
+    first = [run("mtc", 60, 0.11), run("mtc", 60, 0.09)]
+    second = [run("top1", 60, 0.10), run("top1", 60, 0.12)]
+    assert compare_settings(first, second).settings[0].ratio == pytest.approx(0.9)
+
+
+def test_an_architecture_with_one_start_is_held_against_every_start_of_the_other():
+    first = [run("mtc", 60, 0.1 * factor, start=start) for start, factor in (("random", 0.9), ("value_maps", 0.8))]
+    second = [run("joint", 60, 0.1, start=None), run("joint", 60, 0.1, start=None, rate=1e-3)]
+    found = compare_settings(first, second)
+    assert {s.start: s.ratio for s in found.settings} == pytest.approx({"random": 0.9, "value_maps": 0.8})
+    assert found.unpaired == 2, "the other rate, at either start"
+    alone = compare_settings([run("sae", 60, 0.05, start=None)], second[:1])
+    assert [(s.start, s.ratio) for s in alone.settings] == [(None, pytest.approx(0.5))]
+
+
+def test_sizes_that_differ_are_refused():
+    with pytest.raises(ValueError, match="runs of series mtc have 128 to 512 features"):
+        compare_settings([run("mtc", 60, 0.1), run("mtc-wide", 60, 0.08) | {"features": 512}], [run("top1", 60, 0.1)])
+
+
+def test_objectives_of_two_layers_are_compared_with_the_sum_at_every_setting():
+    def value(series: str, mse: float, rate: float):
+        return run(series, 60, mse, start=None, rate=rate) | {"sparsity": {"kind": "l1", "coefficient": 2.0}}
+
+    both = [value("both", 0.8 * mse, rate) for mse, rate in ((0.2, 1e-3), (0.1, 2e-3))]
+    ones = [[value(series, mse, rate) for mse, rate in ((0.2, 1e-3), (0.1, 2e-3), (0.3, 4e-3))] for series in "ab"]
+    found = compare_objective_settings(both, *ones)
+    for setting, alike in zip(found.settings, zip(both, *ones, strict=False), strict=True):
+        joint, *apart = (sum(r["evaluation"]["context_squared_error"]) / r["n_tokens"] + 2.0 * r["evaluation"]["l1"]
+                         for r in alike)  # fmt: skip
+        assert setting.ratio == pytest.approx(joint / sum(apart))
+        assert (setting.matched, setting.interval, setting.l0) == ("coefficient", None, (60.0, 120.0))
+    assert found.unpaired == 1
+
+
+def settled(verdict: str, *intervals: tuple[float, float], n_settings: int = 2, unpaired: int = 0):
+    settings = [{"matched": "sparsity", "ratio": sum(interval) / 2, "interval": interval} for interval in intervals]
+    return unsettled(verdict, {"settings": settings, "unpaired": unpaired}, n_settings)
+
+
+def test_a_verdict_is_settled_only_where_every_setting_has_its_sign():
+    below, above, across = (0.8, 0.9), (1.1, 1.2), (0.9, 1.1)
+    assert settled("supports", below, below) is None
+    assert settled("contradicts", above, above) is None
+    for verdict, intervals in (("supports", (below, across)), ("supports", (below, above)),
+                               ("contradicts", (above, across)), ("supports", (below,))):  # fmt: skip
+        assert settled(verdict, *intervals).verdict == "inconclusive"
+    assert settled("supports", below, below, unpaired=1) is not None
+    assert unsettled("supports", None, 1) is not None
+    objectives = {"settings": [{"matched": "coefficient", "ratio": 0.99, "interval": None}], "unpaired": 0}
+    assert unsettled("supports", objectives, 1) is None
+    assert unsettled("contradicts", objectives, 1) is not None

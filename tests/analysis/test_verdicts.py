@@ -4,7 +4,7 @@ import pytest
 
 from crosshead.analysis.claims.attention_output import decide_heads, decide_labels
 from crosshead.analysis.claims.clusters import decide_dimensions, decide_power_law, decide_semantic
-from crosshead.analysis.claims.coupling import _matched_text, decide_joint
+from crosshead.analysis.claims.coupling import _matched_text, decide_best_head, decide_joint
 from crosshead.analysis.claims.layers import decide_layers
 from crosshead.analysis.claims.planted import decide_planted
 from crosshead.analysis.claims.superposition import _nulls, decide_interpretability, decide_superposition
@@ -42,7 +42,8 @@ def test_a_ratio_decides_with_its_whole_interval_and_enough_runs(comparison, ver
     assert decide(comparison).verdict == verdict
 
 
-ROBUST = {"settings": [{"interval": [0.84, 0.96]}] * 18, "unpaired": 0, "ratio_range": [0.85, 0.95]}
+ROBUST = {"settings": [{"matched": "sparsity", "ratio": 0.9, "interval": [0.84, 0.96]}] * 18, "unpaired": 0, "ratio_range": [0.85, 0.95]}
+UNROBUST = ROBUST | {"settings": [row | {"interval": [1.05, 1.1]} for row in ROBUST["settings"]]}
 
 
 def superposed(mtc=None, norms=None, null=None, robust=ROBUST, least=0.98, **nulls):
@@ -68,7 +69,7 @@ def test_superposition_needs_the_null_every_norm_and_every_setting():
     assert superposed(norms={"l1": ratio(0.95, 1.02), "l2": ratio(0.85, 0.92)}) == "inconclusive"
     assert superposed(robust=None) == "inconclusive"
     assert superposed(robust=ROBUST | {"settings": ROBUST["settings"][:6]}) == "inconclusive"
-    uneven = [*ROBUST["settings"][:17], {"interval": [0.98, 1.01]}]
+    uneven = [*ROBUST["settings"][:17], {"matched": "sparsity", "ratio": 1.0, "interval": [0.98, 1.01]}]
     assert superposed(robust=ROBUST | {"settings": uneven}) == "inconclusive"
     assert superposed(least=0.96) == "inconclusive", "of the norms' 0.95 as well: 0.912 is below 0.92"
     assert superposed(least=None) == "inconclusive"
@@ -91,8 +92,16 @@ def of_layers(comparison, **changes):
         "shared input": ratio(0.92, 0.95, objective=at(0.95)),
     }
     shares = {"pair": 0.5, "token": changes.pop("token", 0.4)}
+    settings = [at_settings(changes.pop(name, least)) for name, least in (("settings", 0.9), ("plain_settings", 0.99))]
     controls |= {name.replace("_", " "): value for name, value in changes.items()}
-    return decide_layers(comparison, controls, [{"control_detail": shares}])
+    return decide_layers(comparison, controls, [{"control_detail": shares}], *settings)
+
+
+def at_settings(ratio: float | None, n_settings: int = 6):
+    """Objectives at settings of rate and length, all alike."""
+    row = {"matched": "coefficient", "ratio": ratio, "interval": None, "steps": 60}
+    rows = [row | {"learning_rate": float(i)} for i in range(n_settings)]
+    return None if ratio is None else {"settings": rows, "unpaired": 0, "ratio_range": [ratio, ratio]}
 
 
 def test_layers_need_a_gap_that_beats_every_control():
@@ -109,6 +118,10 @@ def test_layers_need_a_gap_that_beats_every_control():
     assert "1 seed of control (ii)" in of_layers(ratio(0.85, 0.9, objective=gap), matched_tokens=one_seed).reason
     own_gap = ratio(0.8, 0.9, objective=at(0.91))
     assert "no gap at coefficient 1" in of_layers(ratio(0.85, 0.9, objective=gap), other_contexts=own_gap).reason
+    assert "0 settings" in of_layers(ratio(0.85, 0.9, objective=gap), settings=None).reason
+    assert "holds at 0 of 6" in of_layers(ratio(0.85, 0.9, objective=gap), settings=1.01).reason
+    assert "not below control (i)" in of_layers(ratio(0.85, 0.9, objective=gap), plain_settings=0.89).reason
+    assert "not below control (i)" in of_layers(ratio(0.85, 0.9, objective=gap), plain_settings=None).reason
     assert of_layers(ratio(1.1, 1.2, objective=gap)).verdict == "contradicts"
     far = of_layers(ratio(1.1, 1.2, objective=gap), other_contexts=ratio(0.8, 0.9, objective=at(1.05)))
     assert "where no gap may remain" in far.reason
@@ -128,15 +141,25 @@ def test_a_gap_at_one_coefficient_does_not_make_up_for_another():
     assert of_layers(ratio(0.85, 0.9, objective=at(0.9)), other_contexts=plain, **others).verdict == "inconclusive"
 
 
-def test_joint_training_must_lose_at_low_and_at_high_l0_and_with_all_heads():
+def test_joint_training_must_lose_at_low_and_at_high_l0_with_all_heads_and_at_every_setting():
     full = ratio(0.85, 0.9, n_sparsities=2)
     mixed = ratio(0.85, 0.9, parts={"low": ratio(1.05, 1.1), "high": ratio(0.8, 0.85)})
-    assert decide_joint(ratio(0.85, 0.9), full).verdict == "supports"
-    assert decide_joint(mixed, full).verdict == "inconclusive"
+    assert decide_joint(ratio(0.85, 0.9), full, ROBUST).verdict == "supports"
+    assert decide_joint(mixed, full, ROBUST).verdict == "inconclusive"
     assert "not at low" in both_regimes(mixed).reason
-    assert decide_joint(ratio(0.85, 0.9), ratio(0.95, 1.05)).verdict == "inconclusive"
-    assert decide_joint(ratio(0.85, 0.9), None).verdict == "inconclusive"
-    assert decide_joint(ratio(1.1, 1.2), ratio(1.1, 1.2)).verdict == "contradicts"
+    assert decide_joint(ratio(0.85, 0.9), ratio(0.95, 1.05), ROBUST).verdict == "inconclusive"
+    assert decide_joint(ratio(0.85, 0.9), None, ROBUST).verdict == "inconclusive"
+    assert decide_joint(ratio(0.85, 0.9), full, None).verdict == "inconclusive"
+    assert decide_joint(ratio(1.1, 1.2), ratio(1.1, 1.2), UNROBUST).verdict == "contradicts"
+    assert decide_joint(ratio(1.1, 1.2), ratio(1.1, 1.2), ROBUST).verdict == "inconclusive"
+
+
+def test_the_best_head_must_lose_at_every_setting():
+    assert decide_best_head(ratio(0.3, 0.4), ROBUST).verdict == "supports"
+    assert decide_best_head(ratio(0.3, 0.4), None).verdict == "inconclusive"
+    assert decide_best_head(ratio(0.3, 0.4), UNROBUST).reason.startswith("holds at 0 of 18 settings")
+    assert decide_best_head(ratio(1.1, 1.2), UNROBUST).verdict == "contradicts"
+    assert decide_best_head(ratio(0.9, 1.1), ROBUST).verdict == "inconclusive"
 
 
 def meant(low: float, high: float, seed: int):

@@ -11,12 +11,12 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 
 from crosshead.analysis.frontiers import Comparison, compare_objectives, compare_series, compare_with_sum, points_of
-from crosshead.analysis.robustness import compare_settings
+from crosshead.analysis.robustness import compare_objective_settings, compare_settings
 from crosshead.maths.frontier import Point, log_interpolate
 
 __all__ = ["SCHEMA", "ReportConfig", "collect"]
 
-SCHEMA = 1
+SCHEMA = 2
 Record = dict[str, Any]
 
 _LEVELS = (30, 60, 100, 160, 190)
@@ -65,8 +65,15 @@ class ReportConfig(BaseModel):
     """Series of the joint SAE + MTC."""
     best_head: str = "sae-best-head"
     """Series of the SAE whose features go through the head that moves them most."""
-    robustness: tuple[str, str] = ("mtc-settings", "top1-settings")
-    """Series of MTCs and Top-1 MTCs trained from other starts, at other learning rates and lengths."""
+    robustness: Mapping[str, tuple[str, ...]] = {
+        "mtc_over_top1": ("mtc-settings", "top1-settings"),
+        "mtc_over_best_head": ("mtc-settings", "sae-best-head-settings"),
+        "top1_over_joint_top1": ("top1-settings", "joint-top1-settings"),
+        "value-both_over_sum": ("value-both-settings", "value-first-settings", "value-second-settings"),
+        "value-both-control_over_sum": ("value-both-control-settings", "value-first-settings", "value-second-settings"),
+    }
+    """Series trained from other starts, at other learning rates and lengths, by the comparison they repeat: two for
+    errors, a two-layer one and two one-layer ones for objectives."""
     few_heads: tuple[str, ...] = ("heads2", "heads4")
     """Series of MTCs that keep few movers per feature, fewest first."""
     variants: tuple[str, ...] = ("mtc-nonnegative", "top1-fixed")
@@ -235,11 +242,13 @@ def _over_sum(two: list[Record], one: list[Record], other: list[Record]) -> Reco
     return _seeded(compare_with_sum(*sweeps), *sweeps) | {"objective": compare_objectives(*sweeps)}
 
 
-def _robustness(series: Mapping[str, list[Record]], config: ReportConfig) -> Record | None:
-    first, second = config.robustness
-    if not {first, second} <= series.keys():
-        return None
-    return compare_settings(series[first], series[second]).model_dump(mode="json")
+def _robustness(series: Mapping[str, list[Record]], config: ReportConfig) -> Record:
+    found: Record = {}
+    for comparison, names in config.robustness.items():
+        if set(names) <= series.keys():
+            compare = compare_settings if len(names) == 2 else compare_objective_settings
+            found[comparison] = compare(*(series[name] for name in names)).model_dump(mode="json")
+    return found
 
 
 def _two_layer_sweeps(config: ReportConfig) -> list[tuple[str, str, str]]:

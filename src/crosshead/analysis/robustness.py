@@ -1,7 +1,7 @@
-"""Does a comparison of two architectures depend on how they were trained?
+"""Does a comparison of architectures depend on how they were trained?
 
-The same two architectures at several settings of start, learning rate and number of steps, both sides of a comparison
-at the same setting (design choice). A difference whose sign changes between settings is a difference of training.
+The same architectures at several settings of start, learning rate and number of steps, all sides of a comparison at the
+same setting (design choice). A difference whose sign changes between settings is a difference of training.
 """
 
 from collections.abc import Sequence
@@ -10,12 +10,16 @@ from typing import Any, NamedTuple
 import numpy as np
 from pydantic import BaseModel
 
-from crosshead.analysis.frontiers import compare_series, points_of
+from crosshead.analysis.frontiers import compare_objectives, compare_series, points_of
 from crosshead.analysis.resampling import bootstrap_intervals, geometric_mean
+from crosshead.analysis.rules import Decision, Record, Verdict
 
-__all__ = ["Robustness", "Setting", "compare_settings"]
+__all__ = [
+    "SETTINGS", "Robustness", "Setting", "compare_objective_settings", "compare_settings", "robustness_text", "unsettled",
+]  # fmt: skip
 
-Record = dict[str, Any]
+SETTINGS = 18
+"""Three starts, three learning rates, two lengths."""
 
 
 class _Key(NamedTuple):
@@ -30,16 +34,17 @@ class Setting(BaseModel):
     """One comparison at one setting of training."""
 
     start: str | None
-    """Start of the dictionary; None for architectures that have one only."""
+    """Start of the dictionaries that have several; None where none has."""
     learning_rate: float
     steps: int
     matched: str
-    """What is equal: ``l0``, by interpolation in two sweeps; or ``sparsity``, run by run, for single runs, whose L0s
-    differ a little (``l0``)."""
+    """What is equal: ``l0``, by interpolation in two sweeps; ``sparsity``, run by run, for single runs, whose L0s differ
+    a little (``l0``); or ``coefficient``, where objectives are compared."""
     ratio: float
-    """MSE of the first architecture over that of the second, geometric mean; below 1 the first is better."""
+    """MSE of the first architecture over that of the second, geometric mean; below 1 the first is better. With
+    ``coefficient`` the ratio of objectives."""
     interval: tuple[float, float] | None
-    """95% bootstrap over held-out contexts and seeds."""
+    """95% bootstrap over held-out contexts and seeds; None for objectives."""
     l0: tuple[float, float]
     """Mean L0 of either side's runs."""
     n_sparsities: int
@@ -47,7 +52,7 @@ class Setting(BaseModel):
 
 
 class Robustness(BaseModel):
-    """A comparison at every setting that both architectures were trained at."""
+    """A comparison at every setting that all its architectures were trained at."""
 
     settings: list[Setting]
     """By start, learning rate and steps."""
@@ -56,33 +61,112 @@ class Robustness(BaseModel):
     same_sign: bool | None
     """Whether the log of the ratio has the same sign at all settings; None for fewer than two."""
     unpaired: int
-    """Settings at which only one of them was trained, or no two runs could be matched."""
+    """Settings at which one of them was not trained, or no runs could be matched."""
 
 
 def compare_settings(first: Sequence[Record], second: Sequence[Record]) -> Robustness:
     """Compare two architectures setting by setting, from the records of all their runs, of any series.
 
     Where both have two sparsities or more with a common range of L0, they are compared there; otherwise runs of equal
-    sparsity and seed are. ValueError for two runs of one architecture that differ in nothing that is compared.
+    sparsity and seed are. An architecture that has one start only is held against every start of the other. Of runs that
+    differ only in what is not compared (another schedule of the rate), the one of smaller error counts, on either side.
+    ValueError where an architecture's runs have different numbers of features.
     """
-    a, b = _by_setting(first), _by_setting(second)
+    a, b = _at_every_start(*(_by_setting(_better(records)) for records in (first, second)))
     found = [_compare(key, a[key], b[key]) for key in sorted(set(a) & set(b), key=_order)]
+    return _robustness(found, len(set(a) | set(b)))
+
+
+def compare_objective_settings(
+    both: Sequence[Record], one: Sequence[Record], other: Sequence[Record]
+) -> Robustness:
+    """Two-layer value SAEs against the sum of one-layer ones, setting by setting, by their objectives at equal
+    coefficients and seeds (``frontiers.compare_objectives``)."""
+    sides = [_by_setting(records) for records in (both, one, other)]
+    found = []
+    for key in sorted(set.intersection(*(set(side) for side in sides)), key=_order):
+        records = [side[key] for side in sides]
+        rows = compare_objectives(*records)
+        ratio = geometric_mean(row["ratio"] for row in rows)
+        joint, *apart = (_mean_l0(of_side) for of_side in records)
+        found.append(None if ratio is None else Setting(
+            **key._asdict(), matched="coefficient", ratio=ratio, interval=None, l0=(joint, sum(apart)),
+            n_sparsities=len({row["coefficient"] for row in rows}), seeds=sorted({int(row["seed"]) for row in rows}),
+        ))  # fmt: skip
+    return _robustness(found, len(set().union(*sides)))
+
+
+def unsettled(verdict: Verdict, robustness: Record | None, n_settings: int) -> Decision | None:
+    """What keeps a verdict from holding however its dictionaries were trained; None where it does.
+
+    It must hold at all of ``n_settings`` settings: their interval, or the ratio of objectives, on the verdict's side of 1.
+    """
+    settings = [] if robustness is None else robustness["settings"]
+    if robustness is None or len(settings) < n_settings or robustness["unpaired"]:
+        return Decision("inconclusive", f"{len(settings)} settings of start, rate and length were tried of {n_settings}")
+    held = [_ahead(setting) if verdict == "supports" else _behind(setting) for setting in settings]
+    if not all(held):
+        return Decision("inconclusive", f"holds at {sum(held)} of {len(held)} settings of start, rate and length")
+    return None
+
+
+def robustness_text(robustness: Record | None) -> str:
+    """How far the ratio goes over all settings, as a sentence; empty where none were tried."""
+    if robustness is None or not robustness["settings"]:
+        return ""
+    low, high = robustness["ratio_range"]
+    objectives = robustness["settings"][0]["matched"] == "coefficient"
+    return (f" Over {len(robustness['settings'])} settings of start, learning rate and length at one sparsity and seed: "
+            f"{'objective ' if objectives else ''}{low:.3f} to {high:.3f}.")  # fmt: skip
+
+
+def _ahead(setting: Record) -> bool:
+    if setting["matched"] == "coefficient":
+        return setting["ratio"] < 1
+    return setting["interval"] is not None and setting["interval"][1] < 1
+
+
+def _behind(setting: Record) -> bool:
+    if setting["matched"] == "coefficient":
+        return setting["ratio"] > 1
+    return setting["interval"] is not None and setting["interval"][0] > 1
+
+
+Sides = dict[_Key, list[Record]]
+
+
+def _at_every_start(first: Sides, second: Sides) -> tuple[Sides, Sides]:
+    """Runs of an architecture with one start stand at every start of the other."""
+    sides = first, second
+    starts = [{key.start for key in side} for side in sides]
+    spread = [
+        {key._replace(start=start): records for key, records in side.items() for start in other or {None}}
+        if own == {None} else side
+        for side, own, other in zip(sides, starts, reversed(starts), strict=True)
+    ]  # fmt: skip
+    return spread[0], spread[1]
+
+
+def _robustness(found: Sequence[Setting | None], n_settings: int) -> Robustness:
     settings = [setting for setting in found if setting is not None]
     ratios = [setting.ratio for setting in settings]
     return Robustness(
         settings=settings,
         ratio_range=(min(ratios), max(ratios)) if ratios else None,
         same_sign=len({float(np.sign(np.log(ratio))) for ratio in ratios}) == 1 if len(ratios) > 1 else None,
-        unpaired=len(set(a) | set(b)) - len(settings),
+        unpaired=n_settings - len(settings),
     )
 
 
-def _by_setting(records: Sequence[Record]) -> dict[_Key, list[Record]]:
-    found: dict[_Key, list[Record]] = {}
+def _by_setting(records: Sequence[Record]) -> Sides:
+    found: Sides = {}
     for record in records:
-        key = _Key(record["start"], float(record["learning_rate"]), int(record["steps"]))
-        found.setdefault(key, []).append(record)
+        found.setdefault(_key(record), []).append(record)
     return found
+
+
+def _key(record: Record) -> _Key:
+    return _Key(record["start"], float(record["learning_rate"]), int(record["steps"]))
 
 
 def _order(key: _Key) -> tuple[str, float, int]:
@@ -115,14 +199,19 @@ def _compare(key: _Key, first: Sequence[Record], second: Sequence[Record]) -> Se
 
 def _by_run(records: Sequence[Record]) -> dict[tuple[int, float], Record]:
     """By seed and sparsity."""
-    found: dict[tuple[int, float], Record] = {}
-    for record in records:
-        run = int(record["seed"]), float(record["sparsity_value"])
-        if run in found:
-            raise ValueError(f"runs {found[run]['run']} and {record['run']} share start, learning rate, steps, "
-                             "sparsity and seed; give runs of one architecture and as many features")  # fmt: skip
-        found[run] = record
-    return found
+    return {(int(record["seed"]), float(record["sparsity_value"])): record for record in records}
+
+
+def _better(records: Sequence[Record]) -> list[Record]:
+    """Of runs at one setting, sparsity and seed the one of smaller error."""
+    features = sorted({record["features"] for record in records})
+    if len(features) > 1:
+        raise ValueError(f"runs of series {records[0]['series']} have {features[0]} to {features[-1]} features; "
+                         "give runs of one architecture and as many features")  # fmt: skip
+    found: dict[tuple[Any, ...], Record] = {}
+    for record in sorted(records, key=lambda record: -record["normalised_mse"]):
+        found[*_key(record), int(record["seed"]), float(record["sparsity_value"])] = record
+    return list(found.values())
 
 
 def _mean_l0(records: Sequence[Record]) -> float:

@@ -24,6 +24,7 @@ STYLE: Any = {
 }
 COLOURS = ("#1b6ca8", "#d1495b", "#2e8b57", "#8d6a9f", "#c98b1a", "#4d4d4d", "#66a3a3")
 _MARKERS = ("o", "s", "^")
+_FEW_MARKERS = ("D", "P", "X")
 KEY_SIDE = "L0: active features per position (key side)"
 
 
@@ -57,7 +58,8 @@ def draw(axes: Axes, points: Sequence[tuple[float, float]], label: str, index: i
     points = sorted(points)
     # Colours come round again with another marker; a line through two points would lie above a curve through four.
     few = len(points) < 3
-    marker = "D" if few else _MARKERS[index // len(COLOURS) % len(_MARKERS)]
+    markers = _FEW_MARKERS if few else _MARKERS
+    marker = markers[index // len(COLOURS) % len(markers)]
     options: dict[str, Any] = {"marker": marker, "markersize": 4, "linewidth": 1.4} | style
     if few:
         options["linestyle"] = "none"

@@ -7,7 +7,7 @@ from typing import Any
 import matplotlib as mpl
 from matplotlib.figure import Figure
 
-from crosshead.reporting.drawing import COLOURS, STYLE, draw, frontier_axes, points_of, save
+from crosshead.reporting.drawing import COLOURS, STYLE, draw, frontier_axes, logarithmic, points_of, save
 
 __all__ = ["one_head_null", "ov_dimensions", "planted_phases"]
 
@@ -42,7 +42,8 @@ def ov_dimensions(clusters: Sequence[Record], path: Path) -> None:
                               alpha=0.6, linewidth=0, label="random sets, 95%")  # fmt: skip
             axes.plot(sizes, [c["effective_rank"] for c in own], "o", color=COLOURS[i % len(COLOURS)], markersize=4,
                       label="clusters")  # fmt: skip
-            axes.set(xscale="log", yscale="log", xlabel="features in the cluster", title=f"{run}, k={own[0]['k']}")
+            logarithmic(axes)
+            axes.set(xlabel="features in the cluster", title=f"{run}, k={own[0]['k']}")
             axes.set_ylabel("OV dimension (effective rank)" if i % columns == 0 else "")
             axes.legend(fontsize=8)
         figure.tight_layout()

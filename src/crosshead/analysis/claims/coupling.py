@@ -3,6 +3,7 @@
 from typing import Any
 
 from crosshead.analysis.claims.superposition import decide_interpretability, matched_meaning, meaning_text
+from crosshead.analysis.robustness import SETTINGS, robustness_text, unsettled
 from crosshead.analysis.rules import (
     Decision,
     Finding,
@@ -14,7 +15,7 @@ from crosshead.analysis.rules import (
     ratio_text,
 )
 
-__all__ = ["decide_joint", "findings"]
+__all__ = ["decide_best_head", "decide_joint", "findings"]
 
 
 def findings(metrics: Record, config: Any) -> list[Finding | None]:
@@ -26,7 +27,8 @@ def _best_head(metrics: Record, config: Any) -> Finding | None:
     comparison = metrics["comparisons"].get("mtc_over_best_head")
     if comparison is None:
         return None
-    verdict, reason = decide(comparison)
+    robustness = metrics["robustness"].get("mtc_over_best_head")
+    verdict, reason = decide_best_head(comparison, robustness)
     read = matched_meaning(metrics, config.mtc, config.best_head)
     beside = "".join(f" {meaning_text(each)}." for each in (read[0] if read else ()))
     return Finding(
@@ -34,15 +36,22 @@ def _best_head(metrics: Record, config: Any) -> Finding | None:
         title="QK/OV coupling, SAE through its best head",
         claim="MTC features explain what attention moves better than SAE features moved through the head that moves them "
         "most in a context, because where and what are coupled.",
-        figure=f"MTC over SAE through its best head: {ratio_text(comparison)}.",
+        figure=f"MTC over SAE through its best head: {ratio_text(comparison)}.{robustness_text(robustness)}",
         control=f"The SAE chooses its head anew in every context, which the MTC cannot; the MTC may use several. "
         f"{budget_text(comparison)}. Features on the same contexts:{beside or ' not described.'}",
         verdict=verdict,
-        rule="Supports when the interval lies below 1 at four sparsities and three seeds.",
+        rule=f"Supports when the interval lies below 1 at four sparsities and three seeds, and at all of {SETTINGS} settings of "
+        "start (the MTC's), learning rate and length.",
         reason=reason,
         picture="coupling_frontier.png",
         commands=commands(metrics, "report"),
     )
+
+
+def decide_best_head(comparison: Record, robustness: Record | None) -> Decision:
+    """A ratio that holds however the two were trained."""
+    found = decide(comparison)
+    return (None if found.verdict == "inconclusive" else unsettled(found.verdict, robustness, SETTINGS)) or found
 
 
 def _joint(metrics: Record, config: Any) -> Finding | None:
@@ -50,19 +59,21 @@ def _joint(metrics: Record, config: Any) -> Finding | None:
     if top1 is None:
         return None
     full = metrics["comparisons"].get("mtc_over_joint_mtc")
-    verdict, reason = decide_joint(top1, full)
+    robustness = metrics["robustness"].get("top1_over_joint_top1")
+    verdict, reason = decide_joint(top1, full, robustness)
     held = "not run" if full is None else ratio_text(full)
     return Finding(
         key="coupling-joint",
         title="QK/OV coupling, joint training",
         claim="A Top-1 MTC whose features are learned for moving beats one whose features are those of a jointly trained "
         "SAE (the source: except in one regime of L0), so where and what are coupled.",
-        figure=f"Top-1 over joint SAE + Top-1: {ratio_text(top1)}; {_parts(top1)}.",
+        figure=f"Top-1 over joint SAE + Top-1: {ratio_text(top1)}; {_parts(top1)}.{robustness_text(robustness)}",
         control=f"The same with all heads, so that coupling is told from superposition, MTC over joint SAE + MTC: {held}. "
         f"{budget_text(top1)}.",
         verdict=verdict,
-        rule="Supports when Top-1 lies below its joint twin in the lower and in the upper half of L0, and the MTC below "
-        "its own; contradicts when both lie above.",
+        rule="Supports when Top-1 lies below its joint twin in the lower and in the upper half of L0 and at all of "
+        f"{SETTINGS} settings of start (the Top-1 MTC's), learning rate and length, and the MTC below its own; contradicts "
+        "when both lie above.",
         reason=reason,
         picture="coupling_frontier.png",
         commands=commands(metrics, "report"),
@@ -78,8 +89,8 @@ def _parts(comparison: Record) -> str:
     return ", ".join(listed) or "no parts"
 
 
-def decide_joint(top1: Record, full: Record | None) -> Decision:
-    """Both decoders must agree; the Top-1 one in both regimes of L0."""
+def decide_joint(top1: Record, full: Record | None, robustness: Record | None) -> Decision:
+    """Both decoders must agree; the Top-1 one in both regimes of L0 and at every setting."""
     found = both_regimes(top1)
     if found.verdict == "inconclusive":
         return found
@@ -90,6 +101,8 @@ def decide_joint(top1: Record, full: Record | None) -> Decision:
     other = decide(full, sparsities=2)
     if other.verdict != found.verdict:
         return Decision("inconclusive", f"Top-1: {found.reason}; all heads: {other.reason}")
+    if (why := unsettled(found.verdict, robustness, SETTINGS)) is not None:
+        return why
     return Decision(found.verdict, f"Top-1: {found.reason}; all heads: {other.reason}")
 
 

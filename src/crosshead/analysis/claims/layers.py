@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from crosshead.analysis.robustness import robustness_text, unsettled
 from crosshead.analysis.rules import (
     NO_GAP,
     Decision,
@@ -21,6 +22,8 @@ from crosshead.analysis.rules import (
 
 __all__ = ["decide_layers", "findings"]
 
+_SETTINGS = 6
+"""Three learning rates, two lengths; value SAEs have one start."""
 MATCHED = 0.8
 """Share of held-out positions at which control (ii) must keep at least the current token."""
 
@@ -56,8 +59,10 @@ def _pair(
     labels = ("equal total features", "equal features each")
     figures = [f"{label}: {ratio_text(c)}{objective_text(c)}"
                for label, c in zip(labels, comparisons, strict=False) if c is not None]  # fmt: skip
-    verdict, reason = decide_layers(comparisons[0], held, of_series(metrics, controls["matched tokens"]))
     matched = of_series(metrics, controls["matched tokens"])
+    names = (series[0], controls["other contexts"])
+    settings, control_settings = (metrics["robustness"].get(f"{name}_over_sum") for name in names)
+    verdict, reason = decide_layers(comparisons[0], held, matched, settings, control_settings)
     texts = {
         "other contexts": "(i) Second layer's rows from other contexts",
         "matched tokens": f"(ii) from other contexts at the same current and previous token{_shares(matched)}",
@@ -69,13 +74,14 @@ def _pair(
         title=f"Cross-layer representations, {which}",
         claim="A value SAE over two layers reaches a better frontier than two one-layer value SAEs together, which speaks "
         f"for attention features that span layers ({which}).",
-        figure=f"Two-layer over the sum of one-layer SAEs, {'; '.join(figures)}.",
-        control=f"{listed}.",
+        figure=f"Two-layer over the sum of one-layer SAEs, {'; '.join(figures)}.{robustness_text(settings)}",
+        control=f"{listed}.{robustness_text(control_settings).replace(' Over', ' (i) over', 1)}",
         verdict=verdict,
         rule="Supports only when the interval lies below 1, at every coefficient the objective lies more than 2% below 1 and "
         f"below that of control (i), control (ii) matches at least one token at {MATCHED:.0%} of positions, and ratio and "
         "every objective lie below those of (ii) and (iii) at the same coefficients, without which the gap may be shared "
-        "input. Contradicts when the interval lies above 1 although the objective of control (i) is within 2% of 1 at every "
+        f"input; and at {_SETTINGS} settings of learning rate and length the objective lies below 1 and below that of (i). "
+        "Contradicts when the interval lies above 1 although the objective of control (i) is within 2% of 1 at every "
         "coefficient.",
         reason=reason,
         picture=picture,
@@ -101,13 +107,16 @@ def _shares(matched: Sequence[Record]) -> str:
     )
 
 
-def decide_layers(comparison: Record, controls: dict[str, Record | None], matched: Sequence[Record] = ()) -> Decision:
+def decide_layers(
+    comparison: Record, controls: dict[str, Record | None], matched: Sequence[Record] = (),
+    settings: Record | None = None, control_settings: Record | None = None,
+) -> Decision:  # fmt: skip
     """A gap must show no twin where nothing is shared, and must beat what a shared input alone gives.
 
     By frontier and by objective: L0 falls whenever features are shared, even where rows share nothing, so control (i) is
     judged by the objective, which adds up over layers, coefficient by coefficient: training too short for a small one
     must not be made up for by a large one. A control of fewer coefficients brings the comparison at the same ones
-    (``own``). ``matched`` are the runs of control (ii).
+    (``own``). ``matched`` are the runs of control (ii), the settings those of two layers and of control (i).
     """
     names = {"other contexts": "(i)", "matched tokens": "(ii)", "shared input": "(iii)"}
     found = decide(comparison)
@@ -149,4 +158,18 @@ def decide_layers(comparison: Record, controls: dict[str, Record | None], matche
         above = [c for c, ratio in other.items() if own.get(c, math.inf) >= ratio]
         if not lies_below(against, held[label]) or not other or above:
             return Decision("inconclusive", f"the gap does not beat control {name}: shared input")
+    if (why := unsettled("supports", settings, _SETTINGS)) is not None:
+        return why
+    if (why := _not_below(settings, control_settings)) is not None:
+        return why
     return Decision("supports", "below 1 and below controls (ii) and (iii), by frontier and objective")
+
+
+def _not_below(settings: Record | None, control_settings: Record | None) -> Decision | None:
+    """What keeps two layers from lying below control (i) at every setting; None where they do."""
+    own, held = ({(row["learning_rate"], row["steps"]): row["ratio"] for row in (side or {"settings": []})["settings"]}
+                 for side in (settings, control_settings))  # fmt: skip
+    above = [setting for setting, ratio in own.items() if ratio >= held.get(setting, -math.inf)]
+    if not above:
+        return None
+    return Decision("inconclusive", f"not below control (i) at {len(above)} of {len(own)} settings of rate and length")

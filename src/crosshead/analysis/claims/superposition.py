@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
+from crosshead.analysis.robustness import SETTINGS, robustness_text, unsettled
 from crosshead.analysis.rules import (
     SEEDS_TO_DECIDE,
     Decision,
@@ -22,7 +23,6 @@ from crosshead.analysis.rules import (
 __all__ = ["decide_interpretability", "decide_superposition", "findings", "matched_meaning", "meaning_text"]
 
 _NEAR_L0 = 60
-_SETTINGS = 18  # three starts, three learning rates, two lengths
 
 
 def findings(metrics: Record, config: Any) -> list[Finding | None]:
@@ -44,7 +44,7 @@ def _superposition(metrics: Record, config: Any) -> Finding | None:
         return None
     norms = {name: metrics["comparisons"].get(f"{name}_over_top1") for name in config.mtc_penalties}
     nulls = _nulls(metrics["nulls"])
-    robustness = metrics["robustness"]
+    robustness = metrics["robustness"].get("mtc_over_top1")
     least = calibration(metrics["planted"])
     verdict, reason = decide_superposition(comparison, norms, nulls, robustness, config.mtc, least)
     planted = (
@@ -70,15 +70,15 @@ def _superposition(metrics: Record, config: Any) -> Finding | None:
         title="Attention superposition",
         claim="Binding every MTC feature to a single attention head (Top-1) makes the reconstruction worse, which "
         "speaks for attention features spread over heads.",
-        figure=f"MTC over Top-1: {ratio_text(comparison)}.{others}{_robustness_text(robustness)}",
+        figure=f"MTC over Top-1: {ratio_text(comparison)}.{others}{robustness_text(robustness)}",
         control=f"Top-1 from the same start with the same learning rates, {budget_text(comparison)}; the linear Top-1 "
         f"reference is drawn. One-head null (the same comparison where one head per feature is the planted truth): {held}.{planted}",
         verdict=verdict,
         rule="Supports when the interval of the ratio lies below 1 and, at the null's sparsities, below that of the one-head "
         "null, its planted noise counted and not, times the least that planted one-head layers show of it (training alone "
         f"gives that much), with {SEEDS_TO_DECIDE} seeds or more, at equal tokens and features, under every norm of head "
-        f"loadings against its own null, and the interval lies below 1 in all of {_SETTINGS} settings of start, learning "
-        "rate and length. Contradicts when the null's interval lies below.",
+        f"loadings against its own null, and the interval lies below 1 in all of {SETTINGS} settings of start, learning "
+        "rate and length, at twice the rate with the better of two schedules on either side. Contradicts when the null's interval lies below.",
         reason=reason,
         picture="mtc_frontier.png",
         commands=commands(metrics, "nulls", "report"),
@@ -117,14 +117,6 @@ def calibration(planted: Record | None) -> float | None:
     return min(found, default=None)
 
 
-def _robustness_text(robustness: Record | None) -> str:
-    if robustness is None or robustness["ratio_range"] is None:
-        return ""
-    low, high = robustness["ratio_range"]
-    return (f" Over {len(robustness['settings'])} settings of start, learning rate and length at one sparsity and seed: "
-            f"{low:.3f} to {high:.3f}.")  # fmt: skip
-
-
 def decide_superposition(
     comparison: Record,
     norms: Mapping[str, Record | None],
@@ -150,11 +142,8 @@ def decide_superposition(
         against = _against_null(name, own, nulls.get(name), least)
         if against is not None:
             return against
-    if robustness is None or len(robustness["settings"]) < _SETTINGS or robustness["unpaired"]:
-        n_settings = 0 if robustness is None else len(robustness["settings"])
-        return Decision("inconclusive", f"{n_settings} settings of start, rate and length were tried of {_SETTINGS}")
-    if any(setting["interval"] is None or setting["interval"][1] >= 1 for setting in robustness["settings"]):
-        return Decision("inconclusive", "the MTC is not ahead at every start, learning rate and length")
+    if (why := unsettled(found.verdict, robustness, SETTINGS)) is not None:
+        return why
     return Decision("supports", f"{found.reason} and below the null's, under every norm and setting")
 
 

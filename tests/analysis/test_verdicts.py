@@ -286,9 +286,9 @@ def test_matched_features_are_told_in_words_of_the_two_runs():
     assert _matched_text(metrics, "top1", "mtc") == ""
 
 
-def heads(null: float | None, spread: float = 2.0, dose=(1.2, 1.1, 1.05), denser: float | None = None):
+def heads(null: float | None, spread: float = 2.0, dose=(1.2, 1.1, 1.05), denser: float | None = None, longer: float | None = None):
     """The verdict on heads per feature; ``dose``: errors with 1, 2 and 4 movers over that with all, ``denser``: that
-    with all at a second sparsity, over the same."""
+    with all at a second sparsity, over the same, ``longer`` the same again where all were trained longer."""
     arguments, norms = documents((0, 1, 2)), ("mtc", "mtc-penalty-l1", "mtc-penalty-l2")
     rows = [r for r in arguments["records"] if r["series"] not in ("heads2", "heads4", "top1", "mtc")]
     for seed in (0, 1, 2):
@@ -299,6 +299,9 @@ def heads(null: float | None, spread: float = 2.0, dose=(1.2, 1.1, 1.05), denser
                 rows.append(record(series, 110, 0.05 * factor, seed, heads_per_feature=m))
         if denser is not None:
             rows.append(record("mtc", 110, 0.05 * denser, seed))
+        if longer is not None:
+            rows += [record(f"{series}-long", 110, 0.04 * factor, seed)
+                     for series, factor in zip(("top1", "heads2", "heads4", "mtc"), (*dose, longer), strict=True)]  # fmt: skip
     for row in rows:
         if row["evaluation"]["superposition"] is not None and row["series"] in norms:
             row["evaluation"]["superposition"] |= {"participation_ratio_mean": spread}
@@ -318,6 +321,9 @@ def test_heads_per_feature_must_exceed_the_nulls_and_the_dose_response_fall():
     assert heads(1.3, denser=1.06) == "inconclusive", "not at every sparsity, though on average"
     assert heads(2.5) == "contradicts"
     assert heads(None) == "inconclusive"
+    assert heads(1.3, denser=1.08) == "inconclusive"
+    assert heads(1.3, denser=1.08, longer=1.0) == "supports", "an MTC behind four movers was trained too short"
+    assert heads(1.3, denser=1.0, longer=1.08) == "inconclusive"
 
 
 def test_the_null_is_told_with_its_planted_noise_and_without():

@@ -23,6 +23,8 @@ from crosshead.analysis.rules import (
 __all__ = ["decide_interpretability", "decide_superposition", "findings", "matched_meaning", "meaning_text"]
 
 _NEAR_L0 = 60
+_LONGER = "-long"
+"""What the names of series end in that were trained longer than the series without it."""
 
 
 def findings(metrics: Record, config: Any) -> list[Finding | None]:
@@ -193,8 +195,7 @@ def _heads(metrics: Record, config: Any) -> Finding | None:
     candidates = [r for r in mtc if r["sparsity_value"] in shared] or mtc
     at = min(candidates, key=lambda r: (r["seed"], abs(r["l0"] - _NEAR_L0)))
     same = min(top1, key=lambda r: (r["seed"] != at["seed"], abs(r["l0"] - at["l0"])))
-    few = [r for r in rows if isinstance(r["heads_per_feature"], int) and r["heads_per_feature"] > 1
-           and r["architecture"] == "mtc" and r["seed"] == same["seed"]
+    few = [r for r in rows if r["series"] in config.few_heads and r["seed"] == same["seed"]
            and abs(r["l0"] - at["l0"]) < 0.25 * at["l0"]]  # fmt: skip
     dose = "; ".join(f"{r['heads_per_feature']}: {r['normalised_mse']:.4f} at L0 {r['l0']:.0f}"
                      for r in sorted([*few, same], key=lambda r: r["heads_per_feature"]))  # fmt: skip
@@ -208,13 +209,13 @@ def _heads(metrics: Record, config: Any) -> Finding | None:
         figure=f"Contributions of {at['run']} spread over {spread['participation_ratio_mean']:.2f} heads per feature "
         f"(median {spread['participation_ratio_median']:.2f}; {spread['n_features']:,} live features, "
         f"{at['n_tokens_detail']:,} held-out tokens). Normalised MSE by movers a feature may have, trained so - all: "
-        f"{at['normalised_mse']:.4f} at L0 {at['l0']:.0f}; {dose} ({at['n_tokens']:,} held-out tokens). {_pruned(at)}",
+        f"{at['normalised_mse']:.4f} at L0 {at['l0']:.0f}; {dose} ({at['n_tokens']:,} held-out tokens).{_longer_text(metrics, config)} {_pruned(at)}",
         control=f"Top-1 by construction: {same['superposition']['participation_ratio_mean']:.2f}. An MTC trained where one "
         f"head per feature is the planted truth, in the same activations: {null}.",
         verdict=verdict,
         rule="Supports when, under gram, l1 and l2 alike and at every seed, features spread over more heads than those of "
         "the one-head null do, and the trained dose-response falls from one mover over two and four to all, at every "
-        "sparsity.",
+        "sparsity (where all four were trained longer too, those count).",
         reason=reason,
         picture="mtc_frontier.png",
         commands=commands(metrics, "nulls", "report"),
@@ -260,20 +261,39 @@ def _decide_heads(metrics: Record, config: Any) -> Decision:
 
 
 def _dose_response(metrics: Record, config: Any) -> tuple[bool, str]:
-    """Whether the error falls from one over two and four movers to all, at every sparsity, on average over seeds."""
+    """Whether the error falls from one over two and four movers to all, at every sparsity, on average over seeds.
+
+    All movers can do what four do, so an error that rises was trained badly: where all were trained longer, that counts.
+    """
     names = (config.top1, *config.few_heads, config.mtc)
-    errors = {name: {(r["seed"], r["sparsity_value"]): r["normalised_mse"] for r in of_series(metrics, name)}
-              for name in names}  # fmt: skip
-    shared = set.intersection(*(set(own) for own in errors.values()))
-    if len({seed for seed, _ in shared}) < SEEDS_TO_DECIDE:
+    doses = _doses(metrics, names) | _doses(metrics, [f"{name}{_LONGER}" for name in names])
+    if not doses:
         return False, "one, few and all movers were not trained at three seeds"
-    for sparsity in sorted({sparsity for _, sparsity in shared}):
-        keys = [key for key in shared if key[1] == sparsity]
-        means = [sum(errors[name][key] for key in keys) / len(keys) for name in names]
-        for (fewer, a), (more, b) in pairwise(zip(names, means, strict=True)):
+    for sparsity, means in sorted(doses.items()):
+        for (fewer, a), (more, b) in pairwise(means.items()):
             if a <= b:
                 return False, f"at k={sparsity:g} the error does not fall from {fewer} ({a:.4f}) to {more} ({b:.4f})"
     return True, "the dose-response falls at every sparsity"
+
+
+def _doses(metrics: Record, names: Sequence[str]) -> dict[float, dict[str, float]]:
+    """By sparsity the error of every series, mean over seeds, where all have the same three seeds or more."""
+    errors = {name: {(r["seed"], r["sparsity_value"]): r["normalised_mse"] for r in of_series(metrics, name)}
+              for name in names}  # fmt: skip
+    shared = set.intersection(*(set(own) for own in errors.values()))
+    found: dict[float, dict[str, float]] = {}
+    for sparsity in {sparsity for _, sparsity in shared}:
+        keys = [key for key in shared if key[1] == sparsity]
+        if len(keys) >= SEEDS_TO_DECIDE:
+            found[sparsity] = {name: sum(errors[name][key] for key in keys) / len(keys) for name in names}
+    return found
+
+
+def _longer_text(metrics: Record, config: Any) -> str:
+    names = [f"{name}{_LONGER}" for name in (config.top1, *config.few_heads, config.mtc)]
+    listed = ["; ".join(f"{name} {error:.4f}" for name, error in means.items()) + f" at k={sparsity:g}"
+              for sparsity, means in sorted(_doses(metrics, names).items())]  # fmt: skip
+    return f" Trained longer, mean over seeds - {'; '.join(listed)}." if listed else ""
 
 
 def _pruned(row: Record) -> str:

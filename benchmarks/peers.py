@@ -35,10 +35,13 @@ def build(
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(-3, 2**30)
         mallopt(-1, 2**31 - 1)
-    tensors = load_file(str(inputs / "plain.safetensors"))
-    x, weight, decoder = tensors["x"][:rows].contiguous(), tensors["weight"], tensors["decoder"]
-    bias = tensors[f"topk-bias-{l0}" if implementation.endswith("topk") else f"bias-{l0}"]
-    module, loss = _IMPLEMENTATIONS[implementation](x, weight, bias, decoder, l0)
+    if implementation == _LORSA:
+        module, loss = _lorsa(inputs, rows, l0)
+    else:
+        tensors = load_file(str(inputs / "plain.safetensors"))
+        x, weight, decoder = tensors["x"][:rows].contiguous(), tensors["weight"], tensors["decoder"]
+        bias = tensors[f"topk-bias-{l0}" if implementation.endswith("topk") else f"bias-{l0}"]
+        module, loss = _IMPLEMENTATIONS[implementation](x, weight, bias, decoder, l0)
     adam = torch.optim.Adam(module.parameters(), lr=1e-5, fused=True) if optimiser else None
 
     def step() -> nn.Module:
@@ -103,6 +106,32 @@ def _dictionary_learning(kind: str) -> Callable[..., tuple[nn.Module, Callable[[
     return make
 
 
+def _lorsa(inputs: Path, rows: int, l0: int) -> tuple[nn.Module, Callable[[], Tensor]]:
+    """Low-rank sparse attention of Llamascopium on the multitoken transcoder's contexts: as many heads as it has features,
+    as many active. Its weights are random ones, which its dense products and its top-k do not notice.
+    """
+    from llamascopium.models.lorsa import LorsaConfig, LowRankSparseAttention  # needs a Python below 3.13
+
+    tensors = load_file(str(inputs / "batch.safetensors"))
+    features = len(load_file(str(inputs / "dictionary" / "weights.safetensors"))["decoder"])
+    contexts = rows // tensors["mask"].shape[1]
+    read, written = (next(t for name, t in tensors.items() if name.endswith(f".{site}"))[:contexts].float().contiguous()
+                     for site in ("resid_in", "attn_out"))  # fmt: skip
+    width = read.shape[2]
+    config = LorsaConfig(
+        hook_point_in="in", hook_point_out="out", d_model=width, expansion_factor=(features + 0.5) / width,
+        act_fn="topk", top_k=l0, norm_activation="inference", n_qk_heads=_LORSA_QK_HEADS, d_qk_head=64, rotary_dim=64,
+        n_ctx=read.shape[1], dtype=torch.float32, device="cpu",
+    )  # fmt: skip
+    module = LowRankSparseAttention(config)
+    module.init_parameters()
+    assert len(module.W_V) == features, "the number of heads comes from a quotient"
+    return module, lambda: module.compute_loss({"in": read, "out": written}, return_aux_data=False)
+
+
+_LORSA = "llamascopium/lorsa"
+_LORSA_QK_HEADS = 8
+"""About as many as the layer has; its heads must divide the features. More would cost it more."""
 _IMPLEMENTATIONS = {
     "saelens/standard": _saelens("standard"),
     "saelens/topk": _saelens("topk"),

@@ -1,11 +1,11 @@
 """Time our steps beside the peers' on this machine: ``make bench``.
 
-    python -m benchmarks.run [--data data/laptop] [--pairs 7] [--only PATTERN]
+    python -m benchmarks.run [--data data/laptop] [--pairs 7] [--only PATTERN [--add]]
 
 Implementations of one work take turns, one step each, in an order that moves on every round, and a turn begins with a
 preallocated product of the encoder's shape in the same process: a machine that slows down slows all of them. Ratios are
 medians over the rounds. Writes latest.json, a dated table and plots beside this file; with --only it prints and writes
-nothing. Memory is measured in a process of its own for every row, with the allocator's default settings: a second
+nothing, with --add as well what was measured takes the place of such rows in latest.json. Memory is measured in a process of its own for every row, with the allocator's default settings: a second
 worker of each environment forks them.
 """
 
@@ -100,6 +100,9 @@ def works() -> Iterator[Work]:
         naive = ("ours:l1", "ours:l1/feature-side", "ours:l1/decoder-side")
         yield Work("mtc step, naive", naive, "mtc", shape | {"H": MOVERS})
         yield Work("mtc step with Adam", naive[:2], "mtc", shape | {"H": MOVERS}, optimiser=True)
+        for rows in (1024, 4096):
+            lorsa = ("ours:topk", "peers:llamascopium/lorsa")
+            yield Work("mtc step, lorsa", lorsa, "mtc", shape | {"N": rows, "H": MOVERS})
     shape = {"N": 1024, "T": POSITIONS, "d": WIDTH, "F": 8192, "H": MOVERS, "L0": 64}
     for change in ({"T": 64}, {"T": 128}, {"H": 2}, {"H": 5}):
         yield Work("mtc step", ("ours:batch_topk",), "mtc", shape | change)
@@ -200,6 +203,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=ROOT / "data" / "laptop")
     parser.add_argument("--pairs", type=int, default=7)
     parser.add_argument("--only", default="", help="a pattern that work, implementation and shape must match")
+    parser.add_argument("--add", action="store_true", help="with --only: put what was measured into latest.json")
     arguments = parser.parse_args()
     torch.set_num_threads(2)
     pythons = {"ours": Path(sys.executable), "peers": peers_python()}
@@ -212,13 +216,28 @@ def main() -> None:
         new = measure(work, inputs, sides, fresh, arguments.pairs)
         print(*map(_line, new), sep="\n", flush=True)
         rows += new
-    if arguments.only:
-        return
-    mtc = {features: prepare(arguments.data, HOME / ".inputs", "mtc", features) for features in FEATURES}
-    for row in (*step_parts(mtc, arguments.pairs), *whole_rows(ROOT, arguments.data, arguments.pairs)):
+    if not arguments.only:
+        mtc = {features: prepare(arguments.data, HOME / ".inputs", "mtc", features) for features in FEATURES}
+        rows += step_parts(mtc, arguments.pairs)
+    for row in whole_rows(ROOT, arguments.data, arguments.pairs, arguments.only):
         rows.append(row)
         print(row, flush=True)
-    write_tables(HOME, rows, time.strftime("%Y-%m-%d"), machine())
+    date = time.strftime("%Y-%m-%d")
+    if arguments.add:
+        rows = merged(json.loads((HOME / "latest.json").read_text()), [row | {"date": date} for row in rows])
+    if arguments.add or not arguments.only:
+        write_tables(HOME, rows, date, machine())
+
+
+def merged(rows: list[dict[str, Any]], new: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """All rows; new ones of a work and shape take the place of the old ones, other new ones come last."""
+    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for every in (rows, new):
+        own: dict[tuple[str, str], list[dict[str, Any]]] = {}
+        for row in every:
+            own.setdefault((row["work"], json.dumps(row["shape"], sort_keys=True)), []).append(row)
+        groups |= own
+    return [row for group in groups.values() for row in group]
 
 
 def _line(row: dict[str, Any]) -> str:

@@ -11,14 +11,15 @@ from crosshead.io.files import write_json, write_text
 __all__ = ["write_tables"]
 
 _HEAD = (
-    "| work | implementation | N | T | F | H | L0 | ms | encoder products | of ours | peak MiB | rounds |",
-    f"|---|---{'|--:' * 10}|",
+    "| work | implementation | N | T | F | H | L0 | ms | encoder products | of ours | peak MiB | rounds | measured |",
+    f"|---|---{'|--:' * 11}|",
 )
 
 
 def write_tables(home: Path, rows: list[dict[str, Any]], date: str, machine: dict[str, Any]) -> None:
-    """Write latest.json (the rows), <date>.md, steps.png and growth.png into ``home``."""
-    write_json(home / "latest.json", [{**row, "date": date} for row in rows])
+    """Write latest.json (the rows; those without a date are of ``date``), <date>.md, steps.png and growth.png."""
+    rows = [{"date": date, **row} for row in rows]
+    write_json(home / "latest.json", rows)
     described = ", ".join(f"{name} {value}" for name, value in machine.items())
     lines = [
         f"# Measured on {date}",
@@ -53,12 +54,12 @@ def _line(row: dict[str, Any]) -> str:
         *(str(shape.get(name, "")) for name in ("N", "T", "F", "H", "L0")),
     ]
     if "error" in row:
-        return f"| {' | '.join(cells)} | {row['error'][:80]} | | | | |"
+        return f"| {' | '.join(cells)} | {row['error'][:80]} | | | | | {row['date']} |"
     cells.append(f"{row['seconds_median'] * 1e3:,.0f}")
     cells.append("" if row["ratio_to_encoder_product"] is None else _with_quartiles(row))
     cells.append("" if row["ratio_to_ours"] is None else f"{row['ratio_to_ours']:.2f}")
     cells.append("" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 2**20:,.0f}")
-    cells.append(str(row["pairs"]))
+    cells += [str(row["pairs"]), row["date"]]
     return f"| {' | '.join(cells)} |"
 
 

@@ -1,6 +1,7 @@
 """What is measured as a whole: harvest, fit, clustering, the smoke profile. One process, our environment."""
 
 import os
+import re
 import shutil
 import statistics
 import subprocess
@@ -19,7 +20,7 @@ from crosshead.activations.batches import Batches
 from crosshead.activations.cache import ActivationCache
 from crosshead.activations.capture import capture
 from crosshead.activations.corpus import Corpus
-from crosshead.analysis.clustering import _labels
+from crosshead.analysis.clustering import cluster_labels
 from crosshead.dictionaries.base import Site
 from crosshead.dictionaries.registry import build, config_class
 from crosshead.io.files import read_json
@@ -31,12 +32,17 @@ CONTEXTS = 4
 _STEPS, _FITS = 60, 3
 
 
-def whole_rows(root: Path, data: Path, pairs: int) -> Iterator[dict[str, Any]]:
-    """Rows in the form of latest.json."""
-    yield from _harvest(data, pairs)
-    yield from _fit(data)
-    yield from _kmeans(min(pairs, 3))
-    yield from _smoke(root)
+def whole_rows(root: Path, data: Path, pairs: int, only: str = "") -> Iterator[dict[str, Any]]:
+    """Rows in the form of latest.json, of the works that the pattern ``only`` is found in."""
+    works: dict[str, Callable[[], Iterator[dict[str, Any]]]] = {
+        "harvest, forward passes": lambda: _harvest(data, pairs),
+        "fit": lambda: _fit(data),
+        "k-means": lambda: _kmeans(min(pairs, 3)),
+        "smoke profile": lambda: _smoke(root),
+    }
+    for name, measured in works.items():
+        if re.search(only, name):
+            yield from measured()
 
 
 def _harvest(data: Path, pairs: int) -> Iterator[dict[str, Any]]:
@@ -159,7 +165,7 @@ def _kmeans(pairs: int) -> Iterator[dict[str, Any]]:
             KMeans(256, n_init="auto", random_state=seed).fit(vectors)
 
     ways: dict[str, Callable[[Any], Any]] = {
-        "ours/clustering stage, 1 thread": lambda seed: _labels(vectors, 256, seed),
+        "ours/clustering stage, 1 thread": lambda seed: cluster_labels(vectors, 256, seed),
         "scikit-learn/KMeans, 1 thread": on_one_thread,
         "scikit-learn/KMeans, 2 threads": lambda seed: KMeans(256, n_init="auto", random_state=seed).fit(vectors),
         "scikit-learn/MiniBatchKMeans, 2 threads": lambda seed: MiniBatchKMeans(

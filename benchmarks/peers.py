@@ -107,8 +107,9 @@ def _dictionary_learning(kind: str) -> Callable[..., tuple[nn.Module, Callable[[
 
 
 def _lorsa(inputs: Path, rows: int, l0: int) -> tuple[nn.Module, Callable[[], Tensor]]:
-    """Low-rank sparse attention of Llamascopium on the multitoken transcoder's contexts: as many heads as it has features,
-    as many active. Its weights are random ones, which its dense products and its top-k do not notice.
+    """Low-rank sparse attention of Llamascopium on the contexts of a multitoken transcoder.
+
+    As many heads as that has features, as many active; random weights, which dense products and a top-k do not notice.
     """
     from llamascopium.models.lorsa import LorsaConfig, LowRankSparseAttention  # needs a Python below 3.13
 

@@ -5,8 +5,8 @@
 Implementations of one work take turns, one step each, in an order that moves on every round, and a turn begins with a
 preallocated product of the encoder's shape in the same process: a machine that slows down slows all of them. Ratios are
 medians over the rounds. Writes latest.json, a dated table and plots beside this file; with --only it prints and writes
-nothing, with --add as well what was measured takes the place of such rows in latest.json. Memory is measured in a process of its own for every row, with the allocator's default settings: a second
-worker of each environment forks them.
+nothing, with --add as well what was measured takes the place of such rows in latest.json. Memory is measured in a
+process of its own for every row, with the allocator's default settings: a second worker of each environment forks them.
 """
 
 import argparse

@@ -221,7 +221,7 @@ _ANNEALED = {"decay_fraction": 0.8}
 
 
 def _settings(training: Sections) -> Sections:
-    """What a verdict compares, at one sparsity and seed: three learning rates, two lengths and, of MTCs, three starts."""
+    """What a verdict compares, at one sparsity and seed: three learning rates, two lengths, three starts of MTCs."""
     runs: Sections = {}
     for start, own in _STARTS.items():
         for rate, length in product(_RATES, _LENGTHS):

@@ -6,7 +6,13 @@ from tests.analysis.records import record
 
 
 def run(
-    series: str, l0: float, mse: float, seed: int = 0, start: str | None = "value_maps", rate: float = 4e-3, steps: int = 500
+    series: str,
+    l0: float,
+    mse: float,
+    seed: int = 0,
+    start: str | None = "value_maps",
+    rate: float = 4e-3,
+    steps: int = 500,
 ):
     return record(series, l0, mse, seed, start=start, learning_rate=rate, steps=steps)
 

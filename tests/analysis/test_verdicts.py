@@ -42,7 +42,8 @@ def test_a_ratio_decides_with_its_whole_interval_and_enough_runs(comparison, ver
     assert decide(comparison).verdict == verdict
 
 
-ROBUST = {"settings": [{"matched": "sparsity", "ratio": 0.9, "interval": [0.84, 0.96]}] * 18, "unpaired": 0, "ratio_range": [0.85, 0.95]}
+AHEAD = {"matched": "sparsity", "ratio": 0.9, "interval": [0.84, 0.96]}
+ROBUST = {"settings": [AHEAD] * 18, "unpaired": 0, "ratio_range": [0.85, 0.95]}
 UNROBUST = ROBUST | {"settings": [row | {"interval": [1.05, 1.1]} for row in ROBUST["settings"]]}
 
 
@@ -286,7 +287,10 @@ def test_matched_features_are_told_in_words_of_the_two_runs():
     assert _matched_text(metrics, "top1", "mtc") == ""
 
 
-def heads(null: float | None, spread: float = 2.0, dose=(1.2, 1.1, 1.05), denser: float | None = None, longer: float | None = None):
+def heads(
+    null: float | None, spread: float = 2.0, dose=(1.2, 1.1, 1.05), denser: float | None = None,
+    longer: float | None = None,
+):  # fmt: skip
     """The verdict on heads per feature; ``dose``: errors with 1, 2 and 4 movers over that with all, ``denser``: that
     with all at a second sparsity, over the same, ``longer`` the same again where all were trained longer."""
     arguments, norms = documents((0, 1, 2)), ("mtc", "mtc-penalty-l1", "mtc-penalty-l2")
@@ -301,7 +305,8 @@ def heads(null: float | None, spread: float = 2.0, dose=(1.2, 1.1, 1.05), denser
             rows.append(record("mtc", 110, 0.05 * denser, seed))
         if longer is not None:
             rows += [record(f"{series}-long", 110, 0.04 * factor, seed)
-                     for series, factor in zip(("top1", "heads2", "heads4", "mtc"), (*dose, longer), strict=True)]  # fmt: skip
+                     for series, factor in zip(("top1", "heads2", "heads4", "mtc"), (*dose, longer), strict=True)
+                     ]  # fmt: skip
     for row in rows:
         if row["evaluation"]["superposition"] is not None and row["series"] in norms:
             row["evaluation"]["superposition"] |= {"participation_ratio_mean": spread}

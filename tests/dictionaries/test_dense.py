@@ -94,7 +94,8 @@ SHAPED = [case for case in CASES if case.partition("/")[0] in
 @pytest.mark.parametrize("case", SHAPED)
 @settings(max_examples=6, deadline=None)
 @given(
-    seed=st.integers(0, 2**16), features=st.integers(8, 40), n_contexts=st.integers(1, 4), n_positions=st.integers(2, 12),
+    seed=st.integers(0, 2**16), features=st.integers(8, 40), n_contexts=st.integers(1, 4),
+    n_positions=st.integers(2, 12),
     shift=st.sampled_from([-3.0, -1.0, 0.0, 1.0, 30.0]), counted=st.sampled_from([0.3, 0.8, 1.0]),
     form=st.sampled_from(["sparse", "dense"]), progress=st.sampled_from([0.2, 1.0]),
 )  # fmt: skip

@@ -8,6 +8,9 @@ pytest.importorskip("triton")
 from crosshead.maths import on_cuda, on_torch, scan, sparse
 from crosshead.maths.engine import Engine
 from crosshead.maths.forms import Product
+from tests.dictionaries.cases import padded_batch
+from tests.dictionaries.test_dense import compare as compare_dictionary
+from tests.dictionaries.test_dense import perturbed
 from tests.maths.test_sparse import Problem, compare
 
 BACKENDS = {"triton": on_cuda, "torch": on_torch}
@@ -84,3 +87,40 @@ def test_products_in_bfloat16_are_summed_in_float32():
     out = on_cuda.weighted_rows(codes, table)
     assert out.dtype == torch.float32
     torch.testing.assert_close(out, codes.to_dense() @ table.float())
+
+
+def test_widths_above_a_block_have_the_oracles_gradients():
+    """Kernels go along the output in blocks of 64 and along the input in steps of 32: several of both."""
+    p = Problem(5, 0.2, contexts=1, positions=6, features=40, d_in=70, d_out=150, heads=3, dtype=torch.float32,
+                device=DEVICE)  # fmt: skip
+    with pytest.MonkeyPatch.context() as patch:
+        for user in (scan, sparse):
+            patch.setattr(user, "backend", lambda device, dense=False: on_cuda)
+        compare(p, Engine(shares_mib=1e-3), 1e-5)
+        compare(p, Engine(), 1e-5, p.movers)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_selection_over_several_steps_of_the_input(dtype):
+    """Entries that are clearly above or below their level, so that no rounding decides.
+
+    In float16, because Triton's interpreter multiplies the bits of bfloat16 as whole numbers.
+    """
+    p = Problem(6, 0.5, contexts=1, positions=10, features=140, d_in=70, dtype=torch.float32, device=DEVICE)
+    x, weight = p.x.to(dtype), p.weight.to(dtype)
+    pre = x.float() @ weight.float().T + p.bias
+    level = torch.zeros_like(p.bias)
+    found = on_cuda.larger_entries(Product(x, weight, p.bias, p.mask), torch.ones_like(p.bias), level, Engine())
+    active, clear = found.to_dense() != 0, pre.abs() > 0.05
+    wanted = (pre > 0) & p.mask[:, None]
+    assert torch.equal(active & clear, wanted & clear)
+    assert 0.3 < float(active.float().mean()) < 0.7
+    torch.testing.assert_close(found.values, pre[found.rows, found.columns], atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("case", ["mtc/l1", "mtc-top1/batch_topk", "value_sae-two/jumprelu", "attn_out_sae/topk"])
+def test_losses_of_dictionaries_are_those_of_the_dense_oracle(case, monkeypatch):
+    """Penalties and threshold gradients on top of the kernels, in float64."""
+    for user in (scan, sparse):
+        monkeypatch.setattr(user, "backend", lambda device, dense=False: on_cuda)
+    compare_dictionary(perturbed(case, 1).double(), padded_batch(101), 0.2)

@@ -15,7 +15,8 @@ from crosshead.analysis.resampling import bootstrap_intervals, geometric_mean
 from crosshead.analysis.rules import Decision, Record, Verdict
 
 __all__ = [
-    "SETTINGS", "Robustness", "Setting", "compare_objective_settings", "compare_settings", "robustness_text", "unsettled",
+    "SETTINGS", "Robustness", "Setting", "compare_objective_settings", "compare_settings", "robustness_text",
+    "unsettled",
 ]  # fmt: skip
 
 SETTINGS = 18
@@ -38,8 +39,8 @@ class Setting(BaseModel):
     learning_rate: float
     steps: int
     matched: str
-    """What is equal: ``l0``, by interpolation in two sweeps; ``sparsity``, run by run, for single runs, whose L0s differ
-    a little (``l0``); or ``coefficient``, where objectives are compared."""
+    """What is equal: ``l0``, by interpolation in two sweeps; ``sparsity``, run by run, for single runs, whose L0s
+    differ a little (``l0``); or ``coefficient``, where objectives are compared."""
     ratio: float
     """MSE of the first architecture over that of the second, geometric mean; below 1 the first is better. With
     ``coefficient`` the ratio of objectives."""
@@ -68,20 +69,20 @@ def compare_settings(first: Sequence[Record], second: Sequence[Record]) -> Robus
     """Compare two architectures setting by setting, from the records of all their runs, of any series.
 
     Where both have two sparsities or more with a common range of L0, they are compared there; otherwise runs of equal
-    sparsity and seed are. An architecture that has one start only is held against every start of the other. Of runs that
-    differ only in what is not compared (another schedule of the rate), the one of smaller error counts, on either side.
-    ValueError where an architecture's runs have different numbers of features.
+    sparsity and seed are. An architecture that has one start only is held against every start of the other. Of runs
+    that differ only in what is not compared (another schedule of the rate), the one of smaller error counts, on either
+    side. ValueError where an architecture's runs have different numbers of features.
     """
     a, b = _at_every_start(*(_by_setting(_better(records)) for records in (first, second)))
     found = [_compare(key, a[key], b[key]) for key in sorted(set(a) & set(b), key=_order)]
     return _robustness(found, len(set(a) | set(b)))
 
 
-def compare_objective_settings(
-    both: Sequence[Record], one: Sequence[Record], other: Sequence[Record]
-) -> Robustness:
-    """Two-layer value SAEs against the sum of one-layer ones, setting by setting, by their objectives at equal
-    coefficients and seeds (``frontiers.compare_objectives``)."""
+def compare_objective_settings(both: Sequence[Record], one: Sequence[Record], other: Sequence[Record]) -> Robustness:
+    """Two-layer value SAEs against the sum of one-layer ones, setting by setting.
+
+    By their objectives at equal coefficients and seeds (``frontiers.compare_objectives``).
+    """
     sides = [_by_setting(records) for records in (both, one, other)]
     found = []
     for key in sorted(set.intersection(*(set(side) for side in sides)), key=_order):
@@ -99,11 +100,12 @@ def compare_objective_settings(
 def unsettled(verdict: Verdict, robustness: Record | None, n_settings: int) -> Decision | None:
     """What keeps a verdict from holding however its dictionaries were trained; None where it does.
 
-    It must hold at all of ``n_settings`` settings: their interval, or the ratio of objectives, on the verdict's side of 1.
+    It must hold at all of ``n_settings`` settings: their interval, or the ratio of objectives, on its side of 1.
     """
     settings = [] if robustness is None else robustness["settings"]
     if robustness is None or len(settings) < n_settings or robustness["unpaired"]:
-        return Decision("inconclusive", f"{len(settings)} settings of start, rate and length were tried of {n_settings}")
+        tried = f"{len(settings)} settings of start, rate and length were tried of {n_settings}"
+        return Decision("inconclusive", tried)
     held = [_ahead(setting) if verdict == "supports" else _behind(setting) for setting in settings]
     if not all(held):
         return Decision("inconclusive", f"holds at {sum(held)} of {len(held)} settings of start, rate and length")
@@ -116,8 +118,8 @@ def robustness_text(robustness: Record | None) -> str:
         return ""
     low, high = robustness["ratio_range"]
     objectives = robustness["settings"][0]["matched"] == "coefficient"
-    return (f" Over {len(robustness['settings'])} settings of start, learning rate and length at one sparsity and seed: "
-            f"{'objective ' if objectives else ''}{low:.3f} to {high:.3f}.")  # fmt: skip
+    where = f"{len(robustness['settings'])} settings of start, learning rate and length at one sparsity and seed"
+    return f" Over {where}: {'objective ' if objectives else ''}{low:.3f} to {high:.3f}."
 
 
 def _ahead(setting: Record) -> bool:

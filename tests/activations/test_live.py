@@ -4,7 +4,11 @@ import torch
 from crosshead.activations.batches import Batches
 from crosshead.activations.cache import ActivationCache, read_manifest
 from crosshead.activations.live import LiveActivations
+from crosshead.dictionaries import mtc
 from crosshead.dictionaries.base import Site
+from crosshead.dictionaries.registry import build
+from crosshead.dictionaries.sparsity import L1
+from crosshead.training.fit import TrainingConfig, fit
 from tests.activations.harvests import make_config, make_corpus, run_harvest
 
 SITES = (Site(1, "pattern"), Site(1, "resid_in"), Site(1, "attn_out"), Site(2, "v"))
@@ -74,3 +78,18 @@ def test_values_of_a_shared_input_come_from_the_harvests_lowest_layer_whatever_i
     live = LiveActivations(streamed, model, make_corpus(model))
     a, b = (source.read("heldout", [0, 3], [site])[site] for source in (cache, live))
     torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_a_training_from_a_stream_ends_where_one_from_the_cache_does(both, tmp_path):
+    config = mtc.Config(layers=(1,), features=24, sparsity=L1(coefficient=0.5))
+    schedule = TrainingConfig(steps=6, contexts_per_batch=2, warmup_steps=2, start_contexts=2, calibrate_contexts=2,
+                              evaluate_every=6, checkpoint_every=6)  # fmt: skip
+    trained = []
+    for i, source in enumerate(both):
+        module = build(config, source.dims)
+        train = Batches(source, "train", (*module.sites, *module.start_sites), 2, seed=0)
+        heldout = Batches(source, "heldout", module.sites, 2, seed=0)
+        fit(module, train, heldout, source.weights(), schedule, seed=0, work=tmp_path / str(i), identity="a")
+        trained.append(module.state_dict())
+    for name, tensor in trained[0].items():
+        torch.testing.assert_close(tensor, trained[1][name], rtol=1e-2, atol=1e-3, msg=name)

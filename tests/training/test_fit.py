@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from crosshead.dictionaries.registry import build
+from crosshead.maths.engine import Costs, Engine
 from crosshead.training.fit import Speed, TrainingConfig, fit
 from tests.dictionaries.cases import DIMS, config_of, random_batch, weights
 
@@ -64,6 +65,21 @@ def test_a_run_killed_at_any_step_and_resumed_equals_the_uninterrupted_run(case,
         train(case, tmp_path / "cut", Source(step, killed))
     torch.manual_seed(999)  # a new process has other random states
     assert digest(*train(case, tmp_path / "cut")) == whole
+
+
+@pytest.mark.parametrize("step", [2, 9])
+def test_a_run_whose_products_go_from_dense_to_sparse_resumes_bit_for_bit(step, tmp_path, monkeypatch):
+    """k anneals, so that the density falls below the price at which dense products are cheaper."""
+    chosen: list[bool] = []
+    decide = Engine.prefers_dense
+    monkeypatch.setattr(Engine, "prefers_dense", lambda *a: chosen.append(decide(*a)) or chosen[-1])
+    costs = Costs(dense=1e-9, entry=0.193 * DIMS.d_model, plain=1.0, moved=1.0)
+    config = CONFIG.model_copy(update={"engine": Engine(costs=costs)})
+    whole = digest(*train("mtc/batch_topk", tmp_path / "whole", config=config))
+    assert set(chosen) == {True, False}
+    with pytest.raises(Killed):
+        train("mtc/batch_topk", tmp_path / "cut", Source(step, killed), config=config)
+    assert digest(*train("mtc/batch_topk", tmp_path / "cut", config=config)) == whole
 
 
 def test_a_process_killed_by_the_system_leaves_a_run_that_resumes_bit_for_bit(tmp_path):

@@ -152,3 +152,19 @@ def test_claims_without_runs_are_left_out():
     found["comparisons"] = {}
     found["clusters"], found["cluster_features"] = [], {}
     assert {f.key for f in judge(found, CONFIG)} == {"heads-per-feature", "identity", "attention-output"}
+
+
+def test_a_second_schedule_counts_for_mtc_over_top1_alone():
+    def settings(series, mse, end=""):
+        return record(series, 60, mse) | {"run": f"{series}-rate200{end}", "learning_rate": 8e-3}
+
+    document = documents()
+    document["records"] += [
+        settings("mtc-settings", 0.11), settings("mtc-settings", 0.08, "-annealed"), settings("top1-settings", 0.1),
+        settings("top1-settings", 0.09, "-annealed"), settings("joint-top1-settings", 0.2) | {"start": None},
+    ]  # fmt: skip
+    found = collect(**document, profile="test", config=CONFIG, inputs={})["robustness"]
+    assert found["mtc_over_top1"]["ratio_range"] == pytest.approx([1.1, 1.1])
+    assert found["mtc_over_top1_schedules"]["ratio_range"] == pytest.approx([8 / 9, 8 / 9])
+    assert found["top1_over_joint_top1"]["ratio_range"] == pytest.approx([0.5, 0.5])
+    assert "mtc_over_best_head" not in found

@@ -1,5 +1,7 @@
 """The Triton kernels: in Triton's interpreter on the CPU, on a GPU where there is one."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -123,4 +125,7 @@ def test_losses_of_dictionaries_are_those_of_the_dense_oracle(case, monkeypatch)
     """Penalties and threshold gradients on top of the kernels, in float64."""
     for user in (scan, sparse):
         monkeypatch.setattr(user, "backend", lambda device, dense=False: on_cuda)
-    compare_dictionary(perturbed(case, 1).double(), padded_batch(101), 0.2)
+    batch = padded_batch(101)
+    sites = {site: tensor.to(DEVICE) for site, tensor in batch.sites.items()}
+    batch = replace(batch, sites=sites, mask=batch.mask.to(DEVICE), tokens=batch.tokens.to(DEVICE))
+    compare_dictionary(perturbed(case, 1).double().to(DEVICE), batch, 0.2)

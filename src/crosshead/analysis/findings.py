@@ -74,6 +74,9 @@ class ReportConfig(BaseModel):
     }
     """Series trained from other starts, at other learning rates and lengths, by the comparison they repeat: two for
     errors, a two-layer one and two one-layer ones for objectives."""
+    second_schedule: str = "-annealed"
+    """What names of runs end in that repeat a setting with another schedule: they count for MTC over Top-1 alone,
+    beside the comparison without them (``mtc_over_top1_schedules``)."""
     few_heads: tuple[str, ...] = ("heads2", "heads4")
     """Series of MTCs that keep few movers per feature, fewest first."""
     variants: tuple[str, ...] = ("mtc-nonnegative", "top1-fixed")
@@ -245,9 +248,14 @@ def _over_sum(two: list[Record], one: list[Record], other: list[Record]) -> Reco
 def _robustness(series: Mapping[str, list[Record]], config: ReportConfig) -> Record:
     found: Record = {}
     for comparison, names in config.robustness.items():
-        if set(names) <= series.keys():
-            compare = compare_settings if len(names) == 2 else compare_objective_settings
-            found[comparison] = compare(*(series[name] for name in names)).model_dump(mode="json")
+        if not set(names) <= series.keys():
+            continue
+        sides = [series[name] for name in names]
+        plain = [[r for r in side if not r["run"].endswith(config.second_schedule)] for side in sides]
+        compare = compare_settings if len(names) == 2 else compare_objective_settings
+        found[comparison] = compare(*plain).model_dump(mode="json")
+        if comparison == "mtc_over_top1" and plain != sides:
+            found[f"{comparison}_schedules"] = compare_settings(*sides).model_dump(mode="json")
     return found
 
 

@@ -46,7 +46,8 @@ def _superposition(metrics: Record, config: Any) -> Finding | None:
         return None
     norms = {name: metrics["comparisons"].get(f"{name}_over_top1") for name in config.mtc_penalties}
     nulls = _nulls(metrics["nulls"])
-    robustness = metrics["robustness"].get("mtc_over_top1")
+    plain, both = (metrics["robustness"].get(f"mtc_over_top1{end}") for end in ("", "_schedules"))
+    robustness = both or plain
     least = calibration(metrics["planted"])
     verdict, reason = decide_superposition(comparison, norms, nulls, robustness, config.mtc, least)
     planted = (
@@ -72,7 +73,7 @@ def _superposition(metrics: Record, config: Any) -> Finding | None:
         title="Attention superposition",
         claim="Binding every MTC feature to a single attention head (Top-1) makes the reconstruction worse, which "
         "speaks for attention features spread over heads.",
-        figure=f"MTC over Top-1: {ratio_text(comparison)}.{others}{robustness_text(robustness)}",
+        figure=f"MTC over Top-1: {ratio_text(comparison)}.{others}{robustness_text(plain)}{_schedules_text(both)}",
         control=f"Top-1 from the same start with the same learning rates, {budget_text(comparison)}; the linear Top-1 "
         f"reference is drawn. One-head null (the same comparison where one head per feature is the planted truth): {held}.{planted}",
         verdict=verdict,
@@ -117,6 +118,14 @@ def calibration(planted: Record | None) -> float | None:
     found = [row["ratio"] / row["null_ratio"] for row in rows
              if row["question"] == "superposition" and row["layer"] == "one-head" and row["null_ratio"]]  # fmt: skip
     return min(found, default=None)
+
+
+def _schedules_text(both: Record | None) -> str:
+    if both is None or both["ratio_range"] is None:
+        return ""
+    return " At twice the rate with the better of two schedules on either side: {:.3f} to {:.3f}.".format(
+        *both["ratio_range"]
+    )
 
 
 def decide_superposition(

@@ -89,6 +89,7 @@ _ABLATED_KS = (30, 110)
 _STEPS = 240
 _FEATURES = {"mtc": 1024, "joint_mtc": 1024, "sae_best_head": 1024, "attn_out_sae": 1024, "value_sae": 512}
 _BOTH = 2 * _FEATURES["value_sae"]
+_GPU_BOTH = 2048
 _COEFFICIENTS = {"a": 4.0, "b": 2.0, "c": 1.0, "d": 0.5}
 _FRONTIERS: dict[str, tuple[str, str, Sections]] = {
     "mtc": ("mtc", "superposition", {}),
@@ -283,6 +284,7 @@ def _gpu(sections: Sections) -> str:
         "evaluate_every": 1000, "checkpoint_every": 1000, "start_contexts": 64, "calibrate_contexts": 128,
     }  # fmt: skip
     sections["training"]["engine"] |= {"tile_mib": 256.0, "shares_mib": 1024.0}
+    sections["runs"] |= _gpu_runs()
     for kind in ("mtc", "joint_mtc", "sae_best_head"):
         sections["dictionaries"][kind]["features"] = 100_000
     for defaults in sections["dictionaries"].values():
@@ -295,3 +297,19 @@ def _gpu(sections: Sections) -> str:
         "The gpu profile: 100,000 features per MTC, 33 million tokens (16 passes; a hub corpus has more), bf16.\n"
         "# The prices in training.engine.costs are a CPU's until `make calibrate PROFILE=gpu` has run on the GPU."
     )
+
+
+def _gpu_runs() -> Sections:
+    """What the laptop's hour has no room for: many active features, joint MTCs, the residual target, a strong penalty."""
+    runs = {
+        f"{series}-k200": _top_k("mtc", series, "superposition", 200, 0, _FRONTIERS[series][2])
+        for series in ("mtc", "top1")
+    }
+    runs |= {f"joint-mtc-k{k}": _top_k("joint_mtc", "joint-mtc", "coupling", k, 0) for k in (60, 110)}
+    runs["resid-k60"] = _top_k("mtc", "mtc-resid", "superposition", 60, 0, _FIRST_SEED["mtc-resid"][2])
+    for series in ("value-first", "value-second", "value-both"):
+        layers, own = _VALUES[series]
+        own = own | ({"features": _GPU_BOTH} if "features" in own else {})
+        runs[f"{series}-a"] = _value(series, layers, _COEFFICIENTS["a"], 0, own)
+    runs["attn-out-k30"] = _top_k("attn_out_sae", "attn-out-sae", "attention-output", 30, 0)
+    return runs

@@ -110,6 +110,7 @@ def _lorsa(inputs: Path, rows: int, l0: int) -> tuple[nn.Module, Callable[[], Te
     """Low-rank sparse attention of Llamascopium on the contexts of a multitoken transcoder.
 
     As many heads as that has features, as many active; random weights, which dense products and a top-k do not notice.
+    Both sides at unit mean square; every position counts, where ours passes over the beginning of text.
     """
     from llamascopium.models.lorsa import LorsaConfig, LowRankSparseAttention  # needs a Python below 3.13
 
@@ -118,6 +119,7 @@ def _lorsa(inputs: Path, rows: int, l0: int) -> tuple[nn.Module, Callable[[], Te
     contexts = rows // tensors["mask"].shape[1]
     read, written = (next(t for name, t in tensors.items() if name.endswith(f".{site}"))[:contexts].float().contiguous()
                      for site in ("resid_in", "attn_out"))  # fmt: skip
+    read, written = (site / site.square().mean().sqrt() for site in (read, written))
     width = read.shape[2]
     config = LorsaConfig(
         hook_point_in="in", hook_point_out="out", d_model=width, expansion_factor=(features + 0.5) / width,

@@ -5,7 +5,8 @@
 Implementations of one work take turns, one step each, in an order that moves on every round, and a turn begins with a
 preallocated product of the encoder's shape in the same process: a machine that slows down slows all of them. Ratios are
 medians over the rounds. Writes latest.json, a dated table and plots beside this file; with --only it prints and writes
-nothing, with --add as well what was measured takes the place of such rows in latest.json. Memory is measured in a
+nothing, with --add as well what was measured takes the place of such rows in latest.json (a row that failed does not
+take that of a figure). Memory is measured in a
 process of its own for every row, with the allocator's default settings: a second worker of each environment forks them.
 """
 
@@ -40,6 +41,7 @@ PEER_STEPS = {
     "topk": ("ours:topk", "peers:sparsify/topk", "peers:saelens/topk", "peers:dictionary_learning/topk"),
     "jumprelu": ("ours:jumprelu", "peers:saelens/jumprelu"),
 }
+DICTIONARY_LEARNING = "dictionary-learning==0.1.0"
 DENSE = re.compile("peers:.*(standard|jumprelu)|-side")
 
 
@@ -95,10 +97,13 @@ def works() -> Iterator[Work]:
                 mtc = ("ours:batch_topk", "ours:l1-pre")
                 yield Work("mtc step", mtc, "mtc", shape | {"H": MOVERS})
         shape = {"N": 1024, "T": POSITIONS, "d": WIDTH, "F": features, "H": 1, "L0": 64}
-        pair = ("ours:l1-pre", "peers:saelens/standard")
-        yield Work("sae step with Adam, l1", pair, "attn_out_sae", shape, optimiser=True)
+        for form, pair in (("l1", ("ours:l1-pre", "peers:saelens/standard")),
+                           ("topk", ("ours:topk", "peers:sparsify/topk"))):  # fmt: skip
+            yield Work(f"sae step with Adam, {form}", pair, "attn_out_sae", shape, optimiser=True)
         naive = ("ours:l1", "ours:l1/feature-side", "ours:l1/decoder-side")
-        yield Work("mtc step, naive", naive, "mtc", shape | {"H": MOVERS})
+        # At the largest size four times the rows would take their dense steps half an hour and 10 GB.
+        for rows in (1024,) if features == max(FEATURES) else (1024, 4096):
+            yield Work("mtc step, naive", naive, "mtc", shape | {"N": rows, "H": MOVERS})
         yield Work("mtc step with Adam", naive[:2], "mtc", shape | {"H": MOVERS}, optimiser=True)
         for rows in (1024, 4096):
             lorsa = ("ours:topk", "peers:llamascopium/lorsa")
@@ -172,15 +177,16 @@ def _gflop(shape: dict[str, int]) -> float:
 def peers_python() -> Path:
     """The peers' environment, made if it is missing."""
     home = HOME / ".venv-peers"
-    python = home / "bin" / "python"
-    if not (home / ".installed").exists():
+    python, marker = home / "bin" / "python", home / ".installed"
+    requirements = (HOME / "requirements-peers.txt").read_text() + DICTIONARY_LEARNING
+    if not marker.exists() or marker.read_text() != requirements:
         print("installing the peers into benchmarks/.venv-peers")
         venv.create(home, with_pip=True, clear=True)
         install = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
         subprocess.run([*install, "-r", str(HOME / "requirements-peers.txt")], check=True)
         # Its requirements pin an nnsight that fits no current transformers; its trainers need none of them.
-        subprocess.run([*install, "--no-deps", "dictionary-learning==0.1.0"], check=True)
-        (home / ".installed").touch()
+        subprocess.run([*install, "--no-deps", DICTIONARY_LEARNING], check=True)
+        marker.write_text(requirements)
     return python
 
 
@@ -202,7 +208,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=ROOT / "data" / "laptop")
     parser.add_argument("--pairs", type=int, default=7)
-    parser.add_argument("--only", default="", help="a pattern that work, implementation and shape must match")
+    parser.add_argument("--only", default="", help="a pattern to be found in work or shape")
     parser.add_argument("--add", action="store_true", help="with --only: put what was measured into latest.json")
     arguments = parser.parse_args()
     torch.set_num_threads(2)
@@ -222,22 +228,33 @@ def main() -> None:
     for row in whole_rows(ROOT, arguments.data, arguments.pairs, arguments.only):
         rows.append(row)
         print(row, flush=True)
-    date = time.strftime("%Y-%m-%d")
+    if not rows:
+        parser.error(f"--only {arguments.only!r} is found in no work; works are called 'mtc step', 'sae step, l1', ...")
+    date, here = time.strftime("%Y-%m-%d"), machine()
+    rows = [row | {"date": date, "machine": here} for row in rows]
     if arguments.add:
-        rows = merged(json.loads((HOME / "latest.json").read_text()), [row | {"date": date} for row in rows])
+        rows = merged(json.loads((HOME / "latest.json").read_text()), rows)
     if arguments.add or not arguments.only:
-        write_tables(HOME, rows, date, machine())
+        write_tables(HOME, rows, date)
 
 
 def merged(rows: list[dict[str, Any]], new: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """All rows; new ones of a work and shape take the place of the old ones, other new ones come last."""
+    """All rows; new ones of a work and shape take the place of the old ones, other new ones come last.
+
+    Where one of the new rows failed and the old ones hold figures, the old ones stay.
+    """
     groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for every in (rows, new):
         own: dict[tuple[str, str], list[dict[str, Any]]] = {}
         for row in every:
             own.setdefault((row["work"], json.dumps(row["shape"], sort_keys=True)), []).append(row)
-        groups |= own
+        groups |= {key: group for key, group in own.items() if key not in groups or not _failures(group)
+                   or _failures(groups[key])}  # fmt: skip
     return [row for group in groups.values() for row in group]
+
+
+def _failures(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [row for row in rows if "error" in row]
 
 
 def _line(row: dict[str, Any]) -> str:

@@ -16,18 +16,24 @@ _HEAD = (
 )
 
 
-def write_tables(home: Path, rows: list[dict[str, Any]], date: str, machine: dict[str, Any]) -> None:
-    """Write latest.json (the rows; those without a date are of ``date``), <date>.md, steps.png and growth.png."""
-    rows = [{"date": date, **row} for row in rows]
+def write_tables(home: Path, rows: list[dict[str, Any]], date: str) -> None:
+    """Write latest.json (the rows, each with its date and machine), <date>.md, steps.png and growth.png."""
     write_json(home / "latest.json", rows)
-    described = ", ".join(f"{name} {value}" for name, value in machine.items())
+    machines: dict[str, list[str]] = {}
+    for row in rows:
+        described = ", ".join(f"{name} {value}" for name, value in row["machine"].items())
+        machines.setdefault(described, []).append(row["date"])
     lines = [
         f"# Measured on {date}",
         "",
-        f"{described}. Milliseconds mean little elsewhere; *encoder products* is the time of a step over that of a",
+        *(f"{described} ({', '.join(sorted(set(dates)))})." for described, dates in machines.items()),
+        "",
+        "Milliseconds mean little elsewhere; *encoder products* is the time of a step over that of a",
         "preallocated `mm` of the encoder's shape right before it, *of ours* is over our first row's step in the same",
         "round; medians over rounds, quartiles in brackets. *Peak* is by how much resident memory grows during a step,",
-        "over inputs and weights, gradients included. H counts movers (the identity is one). Written by `make bench`.",
+        "over inputs and weights, gradients included; of a `fit` by how much the whole process does. H counts movers",
+        "(the identity is one). Lorsa has as many heads as the transcoder has features, as many active, and learns its",
+        "patterns, which the transcoder takes from the model. Written by `make bench`.",
         "",
         *_HEAD,
         *(_line(row) for row in rows),

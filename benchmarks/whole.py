@@ -1,5 +1,7 @@
 """What is measured as a whole: harvest, fit, clustering, the smoke profile. One process, our environment."""
 
+import ctypes
+import dataclasses
 import os
 import re
 import shutil
@@ -15,11 +17,13 @@ import numpy as np
 import torch
 from threadpoolctl import threadpool_limits
 
+from benchmarks.worker import status
 from crosshead.activations.base_model import LanguageModel, load_model
 from crosshead.activations.batches import Batches
 from crosshead.activations.cache import ActivationCache
 from crosshead.activations.capture import capture
 from crosshead.activations.corpus import Corpus
+from crosshead.activations.harvest import HarvestConfig, LayerSites, harvest
 from crosshead.analysis.clustering import cluster_labels
 from crosshead.dictionaries.base import Site
 from crosshead.dictionaries.registry import build, config_class
@@ -29,13 +33,16 @@ from crosshead.training.fit import Speed, TrainingConfig, fit
 __all__ = ["whole_rows"]
 
 CONTEXTS = 4
-_STEPS, _FITS = 60, 3
+_FITS = (("mtc", 2048, 60, 3), ("mtc", 8192, 60, 3), ("attn_out_sae", 8192, 60, 3), ("mtc", 32768, 30, 1),
+         ("mtc", 100_000, 15, 1))  # fmt: skip
+"""Architecture, features, steps, how often."""
 
 
 def whole_rows(root: Path, data: Path, pairs: int, only: str = "") -> Iterator[dict[str, Any]]:
     """Rows in the form of latest.json, of the works that the pattern ``only`` is found in."""
     works: dict[str, Callable[[], Iterator[dict[str, Any]]]] = {
         "harvest, forward passes": lambda: _harvest(data, pairs),
+        "harvest, whole": lambda: _whole_harvest(data, pairs),
         "fit": lambda: _fit(data),
         "k-means": lambda: _kmeans(min(pairs, 3)),
         "smoke profile": lambda: _smoke(root),
@@ -60,6 +67,36 @@ def _harvest(data: Path, pairs: int) -> Iterator[dict[str, Any]]:
     shape = {"N": CONTEXTS * corpus.context_length, "T": corpus.context_length, "d": model.dims.d_model}
     batches = [corpus.tokens("train", slice(i, i + CONTEXTS)) for i in range(0, CONTEXTS * (pairs + 1), CONTEXTS)]
     yield from _by_turns("harvest, forward passes", shape, ways, batches)
+
+
+def _whole_harvest(data: Path, pairs: int) -> Iterator[dict[str, Any]]:
+    """Everything the harvest stage does for a few contexts, shards and manifest included, beside the forward pass."""
+    model, corpus = load_model(data / "model", device="cpu"), _first_contexts(Corpus.load(data / "corpus"))
+    layers = read_json(data / "survey" / "layers.json")
+    config = HarvestConfig(
+        sites=(LayerSites(layer="first", names=("resid_in", "q", "k", "v", "attn_out", "resid_out")),
+               LayerSites(layer="second", names=("v",))),
+        batch_contexts=CONTEXTS,
+    )  # fmt: skip
+
+    def ours(directory: Path) -> None:
+        harvest(model, corpus, config, layers, directory / "cache", work=directory)
+
+    def bare(_: Path) -> None:
+        for split in ("train", "heldout"):
+            _bare(model, corpus.tokens(split), layers["second"])
+
+    shape = {"N": 2 * CONTEXTS * corpus.context_length, "T": corpus.context_length, "d": model.dims.d_model}
+    with tempfile.TemporaryDirectory() as directory:
+        folders = [Path(directory) / str(i) for i in range(pairs + 1)]
+        yield from _by_turns("harvest, whole", shape, {"ours/harvest": ours, "transformers/truncated forward": bare},
+                             folders)  # fmt: skip
+
+
+def _first_contexts(corpus: Corpus) -> Corpus:
+    """A corpus of one batch for training and one held out."""
+    few = corpus.manifest | {"n_contexts": {"train": CONTEXTS, "heldout": CONTEXTS}}
+    return dataclasses.replace(corpus, manifest=few, _table=corpus._table.slice(0, 2 * CONTEXTS))
 
 
 def _by_turns(
@@ -118,35 +155,41 @@ def _hidden_states(model: LanguageModel, tokens: torch.Tensor, layer: int) -> No
 def _fit(data: Path) -> Iterator[dict[str, Any]]:
     """Whole trainings, batches from the cache included: seconds per step, positions per second, share of waiting.
 
-    The first of each kind is thrown away: it reads the cache from a cold disk.
+    The first one is thrown away: it reads the cache from a cold disk. Memory is by how much the process grows at most:
+    weights, gradients, moments, the start and a checkpoint on its way to the disk.
     """
     cache, layer = ActivationCache.open(data / "cache"), read_json(data / "survey" / "layers.json")["first"]
-    for kind, features in (("mtc", 2048), ("mtc", 8192), ("attn_out_sae", 8192)):
-        told = [_speed(cache, layer, kind, features) for _ in range(_FITS + 1)][1:]
+    _speed(cache, layer, *_FITS[0][:3])
+    for kind, features, steps, often in _FITS:
+        told, grown = zip(*(_speed(cache, layer, kind, features, steps) for _ in range(often)), strict=True)
         shape = {"N": CONTEXTS * cache.context_length, "T": cache.context_length, "d": cache.dims.d_model,
                  "F": features, "L0": 64}  # fmt: skip
         yield {"work": f"fit, {kind}", "implementation": "ours/batch_topk", "shape": shape,
-               "seconds_median": statistics.median(speed.seconds for speed in told) / _STEPS, "peak_bytes": None,
-               "ratio_to_encoder_product": None, "ratio_to_ours": 1.0, "pairs": _FITS,
+               "seconds_median": statistics.median(speed.seconds for speed in told) / steps,
+               "peak_bytes": statistics.median(grown),
+               "ratio_to_encoder_product": None, "ratio_to_ours": 1.0, "pairs": often,
                "positions_per_second": statistics.median(speed.tokens_per_second for speed in told),
                "waited_share": statistics.median(speed.waited_share for speed in told)}  # fmt: skip
 
 
-def _speed(cache: ActivationCache, layer: int, kind: str, features: int) -> Speed:
+def _speed(cache: ActivationCache, layer: int, kind: str, features: int, steps: int) -> tuple[Speed, int]:
     config = config_class(kind).model_validate(
         {"kind": kind, "layers": [layer], "features": features, "sparsity": {"kind": "batch_topk", "k": 64}}
     )
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
+    before = status("VmRSS")
     module = build(config, cache.dims)
     sites = (*module.sites, *module.start_sites)
     train, heldout = (Batches(cache, split, wanted, CONTEXTS, 0)
                       for split, wanted in (("train", sites), ("heldout", module.sites)))  # fmt: skip
-    schedule = TrainingConfig(steps=_STEPS, start_contexts=8, calibrate_contexts=4, evaluate_every=_STEPS,
-                              checkpoint_every=_STEPS)  # fmt: skip
+    schedule = TrainingConfig(steps=steps, start_contexts=8, calibrate_contexts=4, evaluate_every=steps,
+                              checkpoint_every=steps)  # fmt: skip
     told: list[Speed] = []
     with tempfile.TemporaryDirectory() as work:
         fit(module, train, heldout, cache.weights(), schedule, seed=0, work=Path(work), identity="bench",
             on_speed=told.append)  # fmt: skip
-    return told[0]
+    return told[0], status("VmHWM") - before
 
 
 def _kmeans(pairs: int) -> Iterator[dict[str, Any]]:

@@ -104,13 +104,14 @@ def _peak(build: Callable[..., Step], message: dict[str, Any]) -> dict[str, Any]
         step().zero_grad(set_to_none=True)
         ctypes.CDLL(None).malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
-        before = _status("VmRSS")
+        before = status("VmRSS")
         step()
-        found.append(max(0, _status("VmHWM") - before))
+        found.append(max(0, status("VmHWM") - before))
     return {"peak_bytes": statistics.median(found[1:])}
 
 
-def _status(name: str) -> int:
+def status(name: str) -> int:
+    """A field of /proc/self/status in bytes."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(f"{name}:"):
             return int(line.split()[1]) * 1024

@@ -300,7 +300,7 @@ def _gpu(sections: Sections) -> str:
 
 
 def _gpu_runs() -> Sections:
-    """What the laptop's hour has no room for: many active features, joint MTCs, the residual target, a strong penalty."""
+    """What the laptop's hour has no room for: many active features, joint MTCs, the residual target."""
     runs = {
         f"{series}-k200": _top_k("mtc", series, "superposition", 200, 0, _FRONTIERS[series][2])
         for series in ("mtc", "top1")

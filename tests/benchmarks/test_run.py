@@ -30,3 +30,11 @@ def test_every_work_begins_with_ours_and_names_a_side():
     for work in works():
         assert work.implementations[0].startswith("ours:")
         assert all(name.split(":")[0] in ("ours", "peers") for name in work.implementations)
+
+
+def test_rows_that_failed_do_not_take_the_place_of_figures():
+    measured = [{"work": "a", "shape": {"F": 1}, "implementation": i, "seconds_median": 1.0} for i in ("x", "y")]
+    failed = [measured[0], {"work": "a", "shape": {"F": 1}, "implementation": "y", "error": "killed"}]
+    assert merged(measured, failed) == measured
+    assert merged(failed, measured) == measured
+    assert merged([], failed) == failed

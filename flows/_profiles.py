@@ -292,6 +292,7 @@ def _gpu(sections: Sections) -> str:
     for run in sections["runs"].values():
         run.pop("training", None)
     sections["evaluation"] |= {"splice_contexts": 64}
+    sections["planted"]["questions"] = ["recovery", "superposition"]
     gpu_attention_(sections)
     return (
         "The gpu profile: 100,000 features per MTC, 33 million tokens (16 passes; a hub corpus has more), bf16.\n"
@@ -300,16 +301,15 @@ def _gpu(sections: Sections) -> str:
 
 
 def _gpu_runs() -> Sections:
-    """What the laptop's hour has no room for: many active features, joint MTCs, the residual target."""
-    runs = {
-        f"{series}-k200": _top_k("mtc", series, "superposition", 200, 0, _FRONTIERS[series][2])
-        for series in ("mtc", "top1")
-    }
-    runs |= {f"joint-mtc-k{k}": _top_k("joint_mtc", "joint-mtc", "coupling", k, 0) for k in (60, 110)}
-    runs["resid-k60"] = _top_k("mtc", "mtc-resid", "superposition", 60, 0, _FIRST_SEED["mtc-resid"][2])
+    """What the laptop's hour has no room for: more sparsities, few heads, joint MTCs, the residual target."""
+    tables = _FRONTIERS | _EVERY_SEED | _FIRST_SEED
+    names = {"mtc-k200": ("mtc", 200), "top1-k200": ("top1", 200), "heads2-k60": ("heads2", 60),
+             "heads4-k60": ("heads4", 60), "joint-mtc-k60": ("joint-mtc", 60), "joint-mtc-k110": ("joint-mtc", 110),
+             "resid-k60": ("mtc-resid", 60)}  # fmt: skip
+    runs = {name: _top_k(tables[s][0], s, tables[s][1], k, 0, tables[s][2]) for name, (s, k) in names.items()}
     for series in ("value-first", "value-second", "value-both"):
         layers, own = _VALUES[series]
         own = own | ({"features": _GPU_BOTH} if "features" in own else {})
-        runs[f"{series}-a"] = _value(series, layers, _COEFFICIENTS["a"], 0, own)
+        runs |= {f"{series}-{letter}": _value(series, layers, _COEFFICIENTS[letter], 0, own) for letter in ("a", "c")}
     runs["attn-out-k30"] = _top_k("attn_out_sae", "attn-out-sae", "attention-output", 30, 0)
     return runs

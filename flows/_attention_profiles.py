@@ -82,7 +82,6 @@ def gpu_attention_(sections: Sections) -> None:
     sections["attention_models"]["qk_diagonal"]["features"] = 1024
     sections["attention_models"]["replacement"]["patterns_mib"] = 1024.0
     sections["attention_runs"]["arl-rank1"] = dict(_RANK_ONE)
-    sections["attention_runs"]["qk-rank1-k64"] = _qk("qk-rank1", 0, {"kind": "batch_topk", "k": 64}, {})
     for name, run in sections["attention_runs"].items():
         if "features" in run and name != "arl-narrow":
             run["features"] = 1024 if name == "arl-wide" else 4 * run["features"]

@@ -292,7 +292,6 @@ def _gpu(sections: Sections) -> str:
     for run in sections["runs"].values():
         run.pop("training", None)
     sections["evaluation"] |= {"splice_contexts": 64}
-    sections["planted"]["questions"] = ["recovery", "superposition"]
     gpu_attention_(sections)
     return (
         "The gpu profile: 100,000 features per MTC, 33 million tokens (16 passes; a hub corpus has more), bf16.\n"
@@ -310,6 +309,6 @@ def _gpu_runs() -> Sections:
     for series in ("value-first", "value-second", "value-both"):
         layers, own = _VALUES[series]
         own = own | ({"features": _GPU_BOTH} if "features" in own else {})
-        runs |= {f"{series}-{letter}": _value(series, layers, _COEFFICIENTS[letter], 0, own) for letter in ("a", "c")}
+        runs[f"{series}-a"] = _value(series, layers, _COEFFICIENTS["a"], 0, own)
     runs["attn-out-k30"] = _top_k("attn_out_sae", "attn-out-sae", "attention-output", 30, 0)
     return runs

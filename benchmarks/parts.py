@@ -16,7 +16,9 @@ from crosshead.maths import on_cpu
 from crosshead.maths.forms import MixGradients, Mixing, Product
 from crosshead.maths.scan import largest_entries
 
-__all__ = ["step_parts"]
+__all__ = ["PARTS", "step_parts"]
+
+PARTS = "parts of an mtc step"
 
 ROWS, POSITIONS, L0 = 1024, 256, 64
 
@@ -40,7 +42,7 @@ def step_parts(inputs: Mapping[int, Path], pairs: int) -> Iterator[dict[str, Any
         products = seconds.pop("encoder product")
         for name, own in seconds.items():
             ratio = statistics.median(a / b for a, b in zip(own, products, strict=True))
-            yield {"work": "parts of an mtc step", "implementation": f"ours/{name}",
+            yield {"work": PARTS, "implementation": f"ours/{name}",
                    "shape": {"N": ROWS, "T": POSITIONS, "d": 576, "F": features, "H": 10, "L0": L0},
                    "seconds_median": statistics.median(own), "peak_bytes": None, "ratio_to_encoder_product": ratio,
                    "ratio_to_ours": None, "pairs": pairs}  # fmt: skip

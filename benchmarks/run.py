@@ -5,9 +5,9 @@
 Implementations of one work take turns, one step each, in an order that moves on every round, and a turn begins with a
 preallocated product of the encoder's shape in the same process: a machine that slows down slows all of them. Ratios are
 medians over the rounds. Writes latest.json, a dated table and plots beside this file; with --only it prints and writes
-nothing, with --add as well what was measured takes the place of such rows in latest.json (a row that failed does not
-take that of a figure). Memory is measured in a
-process of its own for every row, with the allocator's default settings: a second worker of each environment forks them.
+nothing, with --add as well what was measured takes the place of such rows in latest.json, unless more of it failed.
+Memory of a step is measured in a process of its own for every row, with the allocator's default settings: a second
+worker of each environment forks them. What is measured as a whole runs in this process.
 """
 
 import argparse
@@ -27,7 +27,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.parts import step_parts
+from benchmarks.parts import PARTS, step_parts
 from benchmarks.prepare import L0S, prepare
 from benchmarks.table import write_tables
 from benchmarks.whole import whole_rows
@@ -65,6 +65,10 @@ class Side:
     process: Any = field(init=False)
 
     def __post_init__(self) -> None:
+        self.start()
+
+    def start(self) -> None:
+        """Begin the process, or another in its place."""
         settings = {
             "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "src")]),
             "OMP_WAIT_POLICY": "passive",
@@ -78,10 +82,16 @@ class Side:
 
     def ask(self, **message: Any) -> dict[str, Any]:
         """Send a request, wait for the answer."""
-        self.process.stdin.write(json.dumps(message) + "\n")
-        self.process.stdin.flush()
-        line = self.process.stdout.readline()
-        return json.loads(line) if line else {"error": f"the worker ended; see benchmarks/{self.name}.log"}
+        try:
+            self.process.stdin.write(json.dumps(message) + "\n")
+            self.process.stdin.flush()
+            line = self.process.stdout.readline()
+        except BrokenPipeError:
+            line = ""
+        if line:
+            return json.loads(line)
+        self.start()  # for the works that come after
+        return {"error": f"the worker ended; see benchmarks/{self.name}.log"}
 
 
 def works() -> Iterator[Work]:
@@ -175,7 +185,7 @@ def _gflop(shape: dict[str, int]) -> float:
 
 
 def peers_python() -> Path:
-    """The peers' environment, made if it is missing."""
+    """The peers' environment, made if it is missing or was made of other requirements."""
     home = HOME / ".venv-peers"
     python, marker = home / "bin" / "python", home / ".installed"
     requirements = (HOME / "requirements-peers.txt").read_text() + DICTIONARY_LEARNING
@@ -222,7 +232,7 @@ def main() -> None:
         new = measure(work, inputs, sides, fresh, arguments.pairs)
         print(*map(_line, new), sep="\n", flush=True)
         rows += new
-    if not arguments.only:
+    if re.search(arguments.only, PARTS):
         mtc = {features: prepare(arguments.data, HOME / ".inputs", "mtc", features) for features in FEATURES}
         rows += step_parts(mtc, arguments.pairs)
     for row in whole_rows(ROOT, arguments.data, arguments.pairs, arguments.only):
@@ -241,20 +251,22 @@ def main() -> None:
 def merged(rows: list[dict[str, Any]], new: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """All rows; new ones of a work and shape take the place of the old ones, other new ones come last.
 
-    Where one of the new rows failed and the old ones hold figures, the old ones stay.
+    Where more of the new rows failed than of the old ones, the old ones stay.
     """
-    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
-    for every in (rows, new):
-        own: dict[tuple[str, str], list[dict[str, Any]]] = {}
-        for row in every:
-            own.setdefault((row["work"], json.dumps(row["shape"], sort_keys=True)), []).append(row)
-        groups |= {key: group for key, group in own.items() if key not in groups or not _failures(group)
-                   or _failures(groups[key])}  # fmt: skip
+    groups, others = _by_work(rows), _by_work(new)
+    groups |= {key: group for key, group in others.items() if _failures(group) <= _failures(groups.get(key, group))}
     return [row for group in groups.values() for row in group]
 
 
-def _failures(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [row for row in rows if "error" in row]
+def _by_work(rows: Iterable[dict[str, Any]]) -> dict[tuple[str, str], list[dict[str, Any]]]:
+    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault((row["work"], json.dumps(row["shape"], sort_keys=True)), []).append(row)
+    return groups
+
+
+def _failures(rows: Iterable[dict[str, Any]]) -> int:
+    return sum("error" in row for row in rows)
 
 
 def _line(row: dict[str, Any]) -> str:

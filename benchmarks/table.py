@@ -21,7 +21,7 @@ def write_tables(home: Path, rows: list[dict[str, Any]], date: str) -> None:
     write_json(home / "latest.json", rows)
     machines: dict[str, list[str]] = {}
     for row in rows:
-        described = ", ".join(f"{name} {value}" for name, value in row["machine"].items())
+        described = ", ".join(f"{name} {value}" for name, value in row.get("machine", {}).items())
         machines.setdefault(described, []).append(row["date"])
     lines = [
         f"# Measured on {date}",
@@ -31,7 +31,8 @@ def write_tables(home: Path, rows: list[dict[str, Any]], date: str) -> None:
         "Milliseconds mean little elsewhere; *encoder products* is the time of a step over that of a",
         "preallocated `mm` of the encoder's shape right before it, *of ours* is over our first row's step in the same",
         "round; medians over rounds, quartiles in brackets. *Peak* is by how much resident memory grows during a step,",
-        "over inputs and weights, gradients included; of a `fit` by how much the whole process does. H counts movers",
+        "over inputs and weights, gradients included and Adam's moments not; of a `fit` by how much the whole process",
+        "does, everything included. H counts movers",
         "(the identity is one). Lorsa has as many heads as the transcoder has features, as many active, and learns its",
         "patterns, which the transcoder takes from the model. Written by `make bench`.",
         "",

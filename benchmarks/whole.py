@@ -2,6 +2,8 @@
 
 import ctypes
 import dataclasses
+import gc
+import itertools
 import os
 import re
 import shutil
@@ -10,6 +12,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,32 +27,56 @@ from crosshead.activations.cache import ActivationCache
 from crosshead.activations.capture import capture
 from crosshead.activations.corpus import Corpus
 from crosshead.activations.harvest import HarvestConfig, LayerSites, harvest
+from crosshead.activations.machine import Machine
 from crosshead.analysis.clustering import cluster_labels
 from crosshead.dictionaries.base import Site
 from crosshead.dictionaries.registry import build, config_class
 from crosshead.io.files import read_json
-from crosshead.training.fit import Speed, TrainingConfig, fit
+from crosshead.training.fit import TrainingConfig, fit
 
 __all__ = ["whole_rows"]
 
 CONTEXTS = 4
+_HARVESTED = 32
 _FITS = (("mtc", 2048, 60, 3), ("mtc", 8192, 60, 3), ("attn_out_sae", 8192, 60, 3), ("mtc", 32768, 30, 1),
          ("mtc", 100_000, 15, 1))  # fmt: skip
 """Architecture, features, steps, how often."""
+_KMEANS = "k-means, 256 clusters in 20 dimensions"
+
+
+class _Clocked:
+    """Batches that note when they were asked for and how long that took."""
+
+    def __init__(self, batches: Batches):
+        self.batches, self.asked, self.waited = batches, [], []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.batches, name)
+
+    def at(self, step: int) -> Any:
+        """The batch of a step."""
+        self.asked.append(time.perf_counter())
+        batch = self.batches.at(step)
+        self.waited.append(time.perf_counter() - self.asked[-1])
+        return batch
 
 
 def whole_rows(root: Path, data: Path, pairs: int, only: str = "") -> Iterator[dict[str, Any]]:
     """Rows in the form of latest.json, of the works that the pattern ``only`` is found in."""
     works: dict[str, Callable[[], Iterator[dict[str, Any]]]] = {
         "harvest, forward passes": lambda: _harvest(data, pairs),
-        "harvest, whole": lambda: _whole_harvest(data, pairs),
-        "fit": lambda: _fit(data),
-        "k-means": lambda: _kmeans(min(pairs, 3)),
+        "harvest, whole": lambda: _whole_harvest(data, min(pairs, 3)),
+        **{f"fit, {plan[0]} F={plan[1]}": partial(_fit, data, *plan) for plan in _FITS},
+        _KMEANS: lambda: _kmeans(min(pairs, 3)),
         "smoke profile": lambda: _smoke(root),
     }
+    Machine(device="cpu", threads=torch.get_num_threads()).prepare()
     for name, measured in works.items():
         if re.search(only, name):
-            yield from measured()
+            try:
+                yield from measured()
+            except Exception as error:  # the other works go on
+                yield {"work": name, "implementation": "ours", "shape": {}, "error": f"{type(error).__name__}: {error}"}
 
 
 def _harvest(data: Path, pairs: int) -> Iterator[dict[str, Any]]:
@@ -70,7 +97,10 @@ def _harvest(data: Path, pairs: int) -> Iterator[dict[str, Any]]:
 
 
 def _whole_harvest(data: Path, pairs: int) -> Iterator[dict[str, Any]]:
-    """Everything the harvest stage does for a few contexts, shards and manifest included, beside the forward pass."""
+    """Everything the harvest stage does for some contexts, shards and manifest included, beside the forward pass.
+
+    Opening and closing count here once for 64 contexts, in the stage once for all.
+    """
     model, corpus = load_model(data / "model", device="cpu"), _first_contexts(Corpus.load(data / "corpus"))
     layers = read_json(data / "survey" / "layers.json")
     config = HarvestConfig(
@@ -84,9 +114,10 @@ def _whole_harvest(data: Path, pairs: int) -> Iterator[dict[str, Any]]:
 
     def bare(_: Path) -> None:
         for split in ("train", "heldout"):
-            _bare(model, corpus.tokens(split), layers["second"])
+            for start in range(0, _HARVESTED, CONTEXTS):
+                _bare(model, corpus.tokens(split, slice(start, start + CONTEXTS)), layers["second"])
 
-    shape = {"N": 2 * CONTEXTS * corpus.context_length, "T": corpus.context_length, "d": model.dims.d_model}
+    shape = {"N": 2 * _HARVESTED * corpus.context_length, "T": corpus.context_length, "d": model.dims.d_model}
     with tempfile.TemporaryDirectory() as directory:
         folders = [Path(directory) / str(i) for i in range(pairs + 1)]
         yield from _by_turns("harvest, whole", shape, {"ours/harvest": ours, "transformers/truncated forward": bare},
@@ -94,9 +125,9 @@ def _whole_harvest(data: Path, pairs: int) -> Iterator[dict[str, Any]]:
 
 
 def _first_contexts(corpus: Corpus) -> Corpus:
-    """A corpus of one batch for training and one held out."""
-    few = corpus.manifest | {"n_contexts": {"train": CONTEXTS, "heldout": CONTEXTS}}
-    return dataclasses.replace(corpus, manifest=few, _table=corpus._table.slice(0, 2 * CONTEXTS))
+    """As many contexts called training ones as held-out ones."""
+    few = corpus.manifest | {"n_contexts": {"train": _HARVESTED, "heldout": _HARVESTED}}
+    return dataclasses.replace(corpus, manifest=few, _table=corpus._table.slice(0, 2 * _HARVESTED))
 
 
 def _by_turns(
@@ -152,30 +183,36 @@ def _hidden_states(model: LanguageModel, tokens: torch.Tensor, layer: int) -> No
         model.model.config._attn_implementation = implementation
 
 
-def _fit(data: Path) -> Iterator[dict[str, Any]]:
-    """Whole trainings, batches from the cache included: seconds per step, positions per second, share of waiting.
+def _fit(data: Path, kind: str, features: int, steps: int, often: int) -> Iterator[dict[str, Any]]:
+    """Trainings with their batches from the cache: seconds from one step to the next, Adam included, share of waiting.
 
-    The first one is thrown away: it reads the cache from a cold disk. Memory is by how much the process grows at most:
-    weights, gradients, moments, the start and a checkpoint on its way to the disk.
+    The first training is thrown away: it reads the cache from a cold disk. Memory is by how much the process grows at
+    most: weights, gradients, moments, batches, evaluation, calibration and a checkpoint on its way to the disk. The
+    number of active features comes down to L0 over the first 30% of a training.
     """
     cache, layer = ActivationCache.open(data / "cache"), read_json(data / "survey" / "layers.json")["first"]
-    _speed(cache, layer, *_FITS[0][:3])
-    for kind, features, steps, often in _FITS:
-        told, grown = zip(*(_speed(cache, layer, kind, features, steps) for _ in range(often)), strict=True)
-        shape = {"N": CONTEXTS * cache.context_length, "T": cache.context_length, "d": cache.dims.d_model,
-                 "F": features, "L0": 64}  # fmt: skip
-        yield {"work": f"fit, {kind}", "implementation": "ours/batch_topk", "shape": shape,
-               "seconds_median": statistics.median(speed.seconds for speed in told) / steps,
-               "peak_bytes": statistics.median(grown),
-               "ratio_to_encoder_product": None, "ratio_to_ours": 1.0, "pairs": often,
-               "positions_per_second": statistics.median(speed.tokens_per_second for speed in told),
-               "waited_share": statistics.median(speed.waited_share for speed in told)}  # fmt: skip
+    _training(cache, layer, kind, 2048, steps)
+    found = [_training(cache, layer, kind, features, steps) for _ in range(often)]
+    step = statistics.median(s for seconds, _, _ in found for s in seconds)
+    positions = CONTEXTS * cache.context_length
+    yield {
+        "work": f"fit, {kind}", "implementation": "ours/batch_topk",
+        "shape": {"N": positions, "T": cache.context_length, "d": cache.dims.d_model, "F": features, "L0": 64},
+        "seconds_median": step, "peak_bytes": statistics.median(grown for _, _, grown in found),
+        "ratio_to_encoder_product": None, "ratio_to_ours": 1.0, "pairs": often, "steps": steps,
+        "positions_per_second": positions / step,
+        "waited_share": statistics.median(waited for _, waited, _ in found),
+    }  # fmt: skip
 
 
-def _speed(cache: ActivationCache, layer: int, kind: str, features: int, steps: int) -> tuple[Speed, int]:
+def _training(
+    cache: ActivationCache, layer: int, kind: str, features: int, steps: int
+) -> tuple[list[float], float, int]:
+    """Seconds of every step but the last, share of them spent waiting for batches, growth of memory in bytes."""
     config = config_class(kind).model_validate(
         {"kind": kind, "layers": [layer], "features": features, "sparsity": {"kind": "batch_topk", "k": 64}}
     )
+    gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
     before = status("VmRSS")
@@ -185,11 +222,11 @@ def _speed(cache: ActivationCache, layer: int, kind: str, features: int, steps: 
                       for split, wanted in (("train", sites), ("heldout", module.sites)))  # fmt: skip
     schedule = TrainingConfig(steps=steps, start_contexts=8, calibrate_contexts=4, evaluate_every=steps,
                               checkpoint_every=steps)  # fmt: skip
-    told: list[Speed] = []
+    clocked: Any = _Clocked(train)
     with tempfile.TemporaryDirectory() as work:
-        fit(module, train, heldout, cache.weights(), schedule, seed=0, work=Path(work), identity="bench",
-            on_speed=told.append)  # fmt: skip
-    return told[0], status("VmHWM") - before
+        fit(module, clocked, heldout, cache.weights(), schedule, seed=0, work=Path(work), identity="bench")
+    seconds = [after - asked for asked, after in itertools.pairwise(clocked.asked)]
+    return seconds, sum(clocked.waited[:-1]) / sum(seconds), status("VmHWM") - before
 
 
 def _kmeans(pairs: int) -> Iterator[dict[str, Any]]:
@@ -215,7 +252,7 @@ def _kmeans(pairs: int) -> Iterator[dict[str, Any]]:
             256, n_init="auto", random_state=seed
         ).fit(vectors),
     }
-    yield from _by_turns("k-means, 256 clusters in 20 dimensions", {"F": 100_000}, ways, list(range(pairs + 1)))
+    yield from _by_turns(_KMEANS, {"F": 100_000}, ways, list(range(pairs + 1)))
 
 
 def _smoke(root: Path) -> Iterator[dict[str, Any]]:

@@ -89,7 +89,6 @@ _ABLATED_KS = (30, 110)
 _STEPS = 240
 _FEATURES = {"mtc": 1024, "joint_mtc": 1024, "sae_best_head": 1024, "attn_out_sae": 1024, "value_sae": 512}
 _BOTH = 2 * _FEATURES["value_sae"]
-_GPU_BOTH = 2048
 _COEFFICIENTS = {"a": 4.0, "b": 2.0, "c": 1.0, "d": 0.5}
 _FRONTIERS: dict[str, tuple[str, str, Sections]] = {
     "mtc": ("mtc", "superposition", {}),
@@ -284,7 +283,7 @@ def _gpu(sections: Sections) -> str:
         "evaluate_every": 1000, "checkpoint_every": 1000, "start_contexts": 64, "calibrate_contexts": 128,
     }  # fmt: skip
     sections["training"]["engine"] |= {"tile_mib": 256.0, "shares_mib": 1024.0}
-    sections["runs"] |= _gpu_runs()
+    sections["runs"] |= _gpu_runs(sections["runs"]["value-both-b"]["features"])
     for kind in ("mtc", "joint_mtc", "sae_best_head"):
         sections["dictionaries"][kind]["features"] = 100_000
     for defaults in sections["dictionaries"].values():
@@ -299,8 +298,8 @@ def _gpu(sections: Sections) -> str:
     )
 
 
-def _gpu_runs() -> Sections:
-    """What the laptop's hour has no room for: more sparsities, few heads, joint MTCs, the residual target."""
+def _gpu_runs(both: int) -> Sections:
+    """What the laptop's hour has no room for: more sparsities, few movers, joint MTCs, the residual target."""
     tables = _FRONTIERS | _EVERY_SEED | _FIRST_SEED
     names = {"mtc-k200": ("mtc", 200), "top1-k200": ("top1", 200), "heads2-k60": ("heads2", 60),
              "heads4-k60": ("heads4", 60), "joint-mtc-k60": ("joint-mtc", 60), "joint-mtc-k110": ("joint-mtc", 110),
@@ -308,7 +307,7 @@ def _gpu_runs() -> Sections:
     runs = {name: _top_k(tables[s][0], s, tables[s][1], k, 0, tables[s][2]) for name, (s, k) in names.items()}
     for series in ("value-first", "value-second", "value-both"):
         layers, own = _VALUES[series]
-        own = own | ({"features": _GPU_BOTH} if "features" in own else {})
+        own = own | ({"features": both} if "features" in own else {})
         runs[f"{series}-a"] = _value(series, layers, _COEFFICIENTS["a"], 0, own)
     runs["attn-out-k30"] = _top_k("attn_out_sae", "attn-out-sae", "attention-output", 30, 0)
     return runs

@@ -1,10 +1,13 @@
 """The driver of the benchmarks: every module loads, and measured rows take the place of old ones."""
 
 import importlib
+import sys
+from pathlib import Path
 
 import pytest
 
-from benchmarks.run import merged, works
+from benchmarks.run import Side, merged, works
+from benchmarks.table import write_tables
 
 
 @pytest.mark.parametrize(
@@ -32,9 +35,28 @@ def test_every_work_begins_with_ours_and_names_a_side():
         assert all(name.split(":")[0] in ("ours", "peers") for name in work.implementations)
 
 
-def test_rows_that_failed_do_not_take_the_place_of_figures():
+def test_rows_of_which_more_failed_do_not_take_the_place_of_others():
     measured = [{"work": "a", "shape": {"F": 1}, "implementation": i, "seconds_median": 1.0} for i in ("x", "y")]
-    failed = [measured[0], {"work": "a", "shape": {"F": 1}, "implementation": "y", "error": "killed"}]
-    assert merged(measured, failed) == measured
-    assert merged(failed, measured) == measured
-    assert merged([], failed) == failed
+    half = [measured[0], {"work": "a", "shape": {"F": 1}, "implementation": "y", "error": "killed"}]
+    none = [row | {"error": "killed"} for row in half]
+    assert merged(measured, half) == measured
+    assert merged(half, none) == half
+    assert merged(half, measured) == measured
+    assert merged([], none) == none
+
+
+def test_a_worker_that_ended_is_told_and_another_takes_its_place(monkeypatch, tmp_path):
+    monkeypatch.setattr("benchmarks.run.HOME", tmp_path)
+    side = Side("ours", Path(sys.executable))
+    side.process.kill()
+    side.process.wait()
+    assert "the worker ended" in side.ask(do="forget")["error"]
+    assert side.ask(do="forget") == {}
+    side.process.kill()
+
+
+def test_tables_are_written_of_rows_old_and_new(tmp_path):
+    row = {"work": "a", "implementation": "x", "shape": {}, "seconds_median": 1.0, "peak_bytes": None,
+           "ratio_to_encoder_product": None, "ratio_to_ours": None, "pairs": 1, "date": "2026-01-01"}  # fmt: skip
+    write_tables(tmp_path, [row, row | {"date": "2026-01-02", "machine": {"cores": 2}}], "2026-01-02")
+    assert "cores 2 (2026-01-02)" in (tmp_path / "2026-01-02.md").read_text()

@@ -31,6 +31,7 @@ from benchmarks.parts import PARTS, step_parts
 from benchmarks.prepare import L0S, prepare
 from benchmarks.table import write_tables
 from benchmarks.whole import whole_rows
+from crosshead.io.files import write_json
 
 HOME = Path(__file__).resolve().parent
 ROOT = HOME.parent
@@ -42,6 +43,7 @@ PEER_STEPS = {
     "jumprelu": ("ours:jumprelu", "peers:saelens/jumprelu"),
 }
 DICTIONARY_LEARNING = "dictionary-learning==0.1.0"
+_LARGE = 4096 * 8192
 DENSE = re.compile("peers:.*(standard|jumprelu)|-side")
 
 
@@ -121,6 +123,11 @@ def works() -> Iterator[Work]:
     shape = {"N": 1024, "T": POSITIONS, "d": WIDTH, "F": 8192, "H": MOVERS, "L0": 64}
     for change in ({"T": 64}, {"T": 128}, {"H": 2}, {"H": 5}):
         yield Work("mtc step", ("ours:batch_topk",), "mtc", shape | change)
+
+
+def rounds(work: Work, pairs: int) -> int:
+    """Three where a round of dense steps takes a minute."""
+    return min(pairs, 3) if work.shape["N"] * work.shape["F"] >= _LARGE else pairs
 
 
 def measure(
@@ -225,27 +232,33 @@ def main() -> None:
     pythons = {"ours": Path(sys.executable), "peers": peers_python()}
     sides, fresh = ({name: Side(name, python) for name, python in pythons.items()} for _ in range(2))
     rows: list[dict[str, Any]] = []
+    latest, kept = HOME / "latest.json", arguments.add or not arguments.only
+    earlier = json.loads(latest.read_text()) if latest.exists() else []
+    date, here = time.strftime("%Y-%m-%d"), machine()
+
+    def keep(new: list[dict[str, Any]]) -> None:
+        """Written at once: a run that is killed has put what it measured into the place of earlier rows."""
+        rows.extend(row | {"date": date, "machine": here} for row in new)
+        if kept:
+            write_json(latest, merged(earlier, rows))
+
     for work in works():
         if not re.search(arguments.only, f"{work.name} {work.shape}"):
             continue
         inputs = prepare(arguments.data, HOME / ".inputs", work.kind, work.shape["F"])
-        new = measure(work, inputs, sides, fresh, arguments.pairs)
+        new = measure(work, inputs, sides, fresh, rounds(work, arguments.pairs))
         print(*map(_line, new), sep="\n", flush=True)
-        rows += new
+        keep(new)
     if re.search(arguments.only, PARTS):
         mtc = {features: prepare(arguments.data, HOME / ".inputs", "mtc", features) for features in FEATURES}
-        rows += step_parts(mtc, arguments.pairs)
+        keep(list(step_parts(mtc, arguments.pairs)))
     for row in whole_rows(ROOT, arguments.data, arguments.pairs, arguments.only):
-        rows.append(row)
         print(row, flush=True)
+        keep([row])
     if not rows:
         parser.error(f"--only {arguments.only!r} is found in no work; works are called 'mtc step', 'sae step, l1', ...")
-    date, here = time.strftime("%Y-%m-%d"), machine()
-    rows = [row | {"date": date, "machine": here} for row in rows]
-    if arguments.add:
-        rows = merged(json.loads((HOME / "latest.json").read_text()), rows)
-    if arguments.add or not arguments.only:
-        write_tables(HOME, rows, date)
+    if kept:
+        write_tables(HOME, merged(earlier, rows) if arguments.add else rows, date)
 
 
 def merged(rows: list[dict[str, Any]], new: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 Step = Callable[[], Any]
-_PEAKS = 5
+_PEAKS = 3
 
 
 def main() -> None:

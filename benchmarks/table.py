@@ -21,7 +21,7 @@ def write_tables(home: Path, rows: list[dict[str, Any]], date: str) -> None:
     write_json(home / "latest.json", rows)
     machines: dict[str, list[str]] = {}
     for row in rows:
-        described = ", ".join(f"{name} {value}" for name, value in row.get("machine", {}).items())
+        described = ", ".join(f"{name} {value}" for name, value in sorted(row.get("machine", {}).items()))
         machines.setdefault(described, []).append(row["date"])
     lines = [
         f"# Measured on {date}",

@@ -8,6 +8,8 @@ __all__ = ["evidence_attention_", "gpu_attention_"]
 Sections = dict[str, Any]
 
 _SEEDS = (0, 1, 2)
+"""Of the evidence profile, the same as those of its dictionaries."""
+_FIRST = _SEEDS[0]
 _EVERY_SEED: dict[str, tuple[tuple[int, ...], Sections]] = {
     "qk-rank1": ((4, 8, 16, 32, 64), {}),
     "qk-features512": ((8, 16, 32, 64), {"features": 512}),
@@ -49,25 +51,25 @@ def evidence_attention_(sections: Sections) -> None:
     laptop["arl-narrow-base"] = laptop["arl-narrow"] | {"series": "arl-narrow-base"} | base
     runs: Sections = {}
     for seed in _SEEDS:
-        for series, (ks, own) in (_EVERY_SEED | (_FIRST_SEED if seed == 0 else {})).items():
+        for series, (ks, own) in (_EVERY_SEED | (_FIRST_SEED if seed == _FIRST else {})).items():
             for k in ks:
                 runs[f"{series}-k{k}-s{seed}"] = _qk(series, seed, {"kind": "batch_topk", "k": k}, own)
-        once = () if seed else ("arl-rank1", "arl-combined", "arl-wide-base", "arl-narrow-base", "arl-sparse")
+        once = () if seed != _FIRST else ("arl-rank1", "arl-combined", "arl-wide-base", "arl-narrow-base", "arl-sparse")
         for name in ("arl-wide", "arl-narrow", *once):
             runs[f"{name}-s{seed}"] = laptop[name] | {"seed": seed}
     for name, coefficient in _QK_L1.items():
         sparsity = {"kind": "l1", "coefficient": coefficient, "start_l0": 40}
-        runs[f"qk-l1-{name}-s0"] = _qk("qk-l1", 0, sparsity, {})
+        runs[f"qk-l1-{name}-s{_FIRST}"] = _qk("qk-l1", _FIRST, sparsity, {})
     for start in _QK_JUMPRELU:
         sparsity = {"kind": "jumprelu", "coefficient": 0.03, "start_l0": start}
-        runs[f"qk-jumprelu-{start}-s0"] = _qk("qk-jumprelu", 0, sparsity, {})
+        runs[f"qk-jumprelu-{start}-s{_FIRST}"] = _qk("qk-jumprelu", _FIRST, sparsity, {})
     sections["attention_runs"] = runs
     explain = sections["explain"]
-    explain["runs"] = ["qk-rank1-k32-s0", *(f"qk-features512-k32-s{seed}" for seed in _SEEDS)]
-    explain["decisions"] = [decision | {"run": "qk-rank1-k32-s0"} for decision in explain["decisions"]]
-    coded = [f"{name}-s0" for name in ("arl-rank1", *sections["replacements"]["codes_of"])]
+    explain["runs"] = [f"qk-rank1-k32-s{_FIRST}", *(f"qk-features512-k32-s{seed}" for seed in _SEEDS)]
+    explain["decisions"] = [decision | {"run": f"qk-rank1-k32-s{_FIRST}"} for decision in explain["decisions"]]
+    coded = [f"{name}-s{_FIRST}" for name in ("arl-rank1", *sections["replacements"]["codes_of"])]
     wide = [f"arl-wide-s{seed}" for seed in _SEEDS]
-    sections["replacements"] |= {"heads_of": wide, "codes_of": [*coded, "arl-sparse-s0"]}
+    sections["replacements"] |= {"heads_of": wide, "codes_of": [*coded, f"arl-sparse-s{_FIRST}"]}
 
 
 def _qk(series: str, seed: int, sparsity: Sections, own: Sections) -> Sections:
@@ -78,7 +80,7 @@ def _qk(series: str, seed: int, sparsity: Sections, own: Sections) -> Sections:
 def gpu_attention_(sections: Sections) -> None:
     """Replacement layers of 1,024 heads, eight times the QK features, twenty times the steps, in place."""
     for defaults in sections["attention_models"].values():
-        defaults["training"] |= {"steps": 4000, "learning_rate": 2e-3, "autocast": "none"}
+        defaults["training"] = {"steps": 4000, "learning_rate": 2e-3, "autocast": "none"}
     sections["attention_models"]["qk_diagonal"]["features"] = 1024
     sections["attention_models"]["replacement"]["patterns_mib"] = 1024.0
     sections["attention_runs"]["arl-rank1"] = dict(_RANK_ONE)

@@ -13,10 +13,10 @@ from flows._runtime import Stage, main
 
 
 def meaning(stage: Stage) -> None:
-    """Describe every run that ``meaning.runs`` names."""
+    """Describe every run that ``meaning.runs`` and ``meaning.settings`` name."""
     config = stage.section("meaning", MeaningConfig)
     device = stage.section("machine", Machine).prepare()
-    subjects = [_subject(stage, run, device) for run in config.runs]
+    subjects = [_subject(stage, run, device) for run in (*config.runs, *config.settings)]
     model = load_model(stage.data / "model", device=device)
     survey = Survey.load(stage.data / "survey")
     found = describe(subjects, open_cache(stage, device), model, survey.heads, config)
@@ -26,7 +26,7 @@ def meaning(stage: Stage) -> None:
 
 def _subject(stage: Stage, run: str, device: str) -> Subject:
     if run not in stage.sections["runs"]:
-        raise ValueError(f"{stage.source}: meaning.runs names {run!r}, which is not under runs; correct it")
+        raise ValueError(f"{stage.source}: meaning names {run!r}, which is not under runs; correct it")
     directory = stage.data / "runs" / run
     module = load_dictionary(directory).to(device)
     live = torch.tensor(read_json(directory / "feature_counts.json")) > 0

@@ -204,6 +204,7 @@ def _named_runs(found: Mapping[str, Any]) -> list[tuple[str, Sequence[str], tupl
     """Where a section names runs, which, and the sections that they are looked up in."""
     named: list[tuple[str, Sequence[str], tuple[str, ...]]]
     named = [(f"{key}.runs", found[key].runs, ("runs",)) for key in ("clusters", "nulls", "meaning") if key in found]
+    named += [("meaning.settings", found["meaning"].settings, ("runs",))] if "meaning" in found else []
     if "nulls" in found:
         named.append(("nulls.teacher", (found["nulls"].teacher,), ("runs",)))
     if "explain" in found:

@@ -125,6 +125,19 @@ def test_short_sweeps_and_unequal_budgets_decide_nothing(change, why):
     assert why in finding.reason
 
 
+def test_a_curve_that_ends_beside_a_round_l0_is_read_at_its_end():
+    given = documents()
+    for row in given["records"]:
+        if row["series"] == "mtc" and row["l0"] == 30:
+            row["l0"] = 30.2
+        if row["series"] == "top1" and row["l0"] == 30:
+            row["l0"] = 31
+    found = collect(**given, profile="test", config=CONFIG, inputs={})["matched_l0"][0]
+    assert found["l0"] == 30
+    assert found["mtc"] == pytest.approx(5 / 30)
+    assert found["top1"] is None
+
+
 def test_the_matched_table_is_log_linear_between_measured_points():
     rows = {row["l0"]: row for row in metrics()["matched_l0"]}
     assert rows[60]["mtc"] == pytest.approx(5 / 60, rel=0.2)

@@ -115,6 +115,22 @@ def test_two_dictionaries_of_one_kind_are_matched(document):
     assert len(found["pairs"]) == min(8, found["n_matched"])
 
 
+def test_of_runs_at_other_settings_only_what_verdicts_ask_for_is_kept(document, setting):
+    config = CONFIG.model_copy(update={"runs": ("mtc", "top1", "output"), "settings": ("value",)})
+    found = describe(*setting, config)
+    whole, brief = document["runs"]["value"], found["settings"]["value"]
+    assert {name: brief[name] for name in whole if name != "examples"} == {
+        name: whole[name] for name in whole if name != "examples"
+    }
+    assert (brief["examples"], brief["enrichment_summary"]) == ([], document["enrichment_summary"]["value"])
+    test = document["modality"]["value"]["ov_dimension"]
+    assert brief["modality"]["ov_dimension"] == {name: test[name] for name in test if name != "power"}
+    assert "value" not in found["runs"]
+    assert found["ov_dimensions"] == [record for record in document["ov_dimensions"] if record["run"] != "value"]
+    with pytest.raises(ValueError, match="'value' stands under runs and under settings"):
+        MeaningConfig(runs=("value",), settings=("value",))
+
+
 def test_a_matched_run_that_is_not_described_is_refused(setting):
     config = CONFIG.model_copy(update={"matched": (("mtc", "other"),)})
     with pytest.raises(ValueError, match=r"meaning\.matched names 'other', which is not under meaning\.runs"):

@@ -144,6 +144,13 @@ def test_a_value_sae_that_holds_the_planted_values_scores_one(base):
     score = recovery(planted_values(truth, weights, module), found_values(module), torch.ones(len(truth.feature)) > 0)
     assert score.share_recovered == 1.0
     assert score.heads_error == pytest.approx(0.0, abs=1e-4)
+    planted, found, live = planted_values(truth, weights, module), found_values(module), score.n_found * [True]
+    others = found._replace(encoder=torch.randn(found.encoder.shape, generator=generator()))
+    assert recovery(planted, others, torch.tensor(live)).share_recovered == 0.0
+    assert recovery(planted, others, torch.tensor(live), by_encoders=False).share_recovered == 1.0
+    half = torch.arange(len(truth.feature))[:, None] % 2 == 0
+    turned = found._replace(loadings=torch.where(half, -found.loadings, found.loadings))
+    assert recovery(planted, turned, torch.tensor(live), by_encoders=False).share_recovered < 1.0
 
 
 def test_tables_that_do_not_fit_are_refused(truth):

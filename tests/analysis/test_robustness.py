@@ -1,7 +1,13 @@
 import numpy as np
 import pytest
 
-from crosshead.analysis.robustness import compare_objective_settings, compare_settings, unsettled
+from crosshead.analysis.robustness import (
+    compare_objective_settings,
+    compare_settings,
+    meaning_at_settings,
+    unsettled,
+    unsettled_where,
+)
 from tests.analysis.records import record
 
 
@@ -129,3 +135,25 @@ def test_a_verdict_is_settled_only_where_every_setting_has_its_sign():
     objectives = {"settings": [{"matched": "coefficient", "ratio": 0.99, "interval": None}], "unpaired": 0}
     assert unsettled("supports", objectives, 1) is None
     assert unsettled("contradicts", objectives, 1) is not None
+
+
+def test_what_holds_at_each_setting_alone_must_hold_at_all():
+    assert unsettled_where([True] * 3, 3) is None
+    assert unsettled_where([True] * 2, 3).reason == "2 settings of start, rate and length were tried of 3"
+    assert unsettled_where([True, True, False], 3).reason == "holds at 2 of 3 settings of start, rate and length"
+
+
+def test_meaning_at_settings_is_paired_setting_by_setting():
+    """Three starts of one architecture; the other has one start and no run at the third rate."""
+    starts, rates = ("energy", "maps", "random"), (1e-3, 2e-3, 4e-3)
+    rows = [run("mtc-settings", 60, 0.1, start=start, rate=rate) for start in starts for rate in rates]
+    rows += [run("joint-settings", 60, 0.1, start=None, rate=rate) for rate in rates[:2]]
+    rows = [row | {"run": f"run-{i}"} for i, row in enumerate(rows)]
+    metrics = {"frontier": rows, "meaning": {"settings": {row["run"]: {"of": row["run"]} for row in rows}}}
+    assert [own["of"] for (own,) in meaning_at_settings(metrics, "mtc")] == [f"run-{i}" for i in range(9)]
+    pairs = meaning_at_settings(metrics, "mtc", "joint")
+    assert [(a["of"], b["of"]) for a, b in pairs] == [
+        (f"run-{3 * start + rate}", f"run-{9 + rate}") for start in range(3) for rate in range(2)
+    ]
+    assert meaning_at_settings(metrics | {"meaning": None}, "mtc") == []
+    assert meaning_at_settings(metrics, "absent") == []

@@ -5,9 +5,10 @@ import pytest
 from crosshead.analysis.claims.attention_output import decide_heads, decide_labels
 from crosshead.analysis.claims.clusters import decide_dimensions, decide_power_law, decide_semantic
 from crosshead.analysis.claims.coupling import _matched_text, decide_best_head, decide_joint
+from crosshead.analysis.claims.interpretability import decide_interpretability
 from crosshead.analysis.claims.layers import decide_layers
 from crosshead.analysis.claims.planted import decide_planted
-from crosshead.analysis.claims.superposition import _nulls, decide_interpretability, decide_superposition
+from crosshead.analysis.claims.superposition import _nulls, decide_superposition
 from crosshead.analysis.findings import ReportConfig, collect
 from crosshead.analysis.rules import both_regimes, decide
 from crosshead.analysis.verdicts import judge
@@ -170,33 +171,58 @@ def meant(low: float, high: float, seed: int):
 
 def test_interpretability_needs_separated_intervals_on_both_sides_at_every_seed():
     clear = [(meant(0.5, 0.6, seed), meant(0.3, 0.4, seed)) for seed in range(3)]
-    assert decide_interpretability(clear).verdict == "supports"
-    assert decide_interpretability([(b, a) for a, b in clear]).verdict == "contradicts"
-    assert decide_interpretability(clear[:2]).verdict == "inconclusive"
-    assert decide_interpretability([*clear[:2], (meant(0.3, 0.5, 2), meant(0.4, 0.6, 2))]).verdict == "inconclusive"
+    turned = [(b, a) for a, b in clear]
+    at = [(meant(0.3, 0.9, 0), meant(0.2, 0.8, 0))] * 18
+    against = [(b, a) for a, b in at]
+    assert decide_interpretability(clear, at).verdict == "supports"
+    assert decide_interpretability(turned, against).verdict == "contradicts"
+    assert decide_interpretability(clear[:2], at).verdict == "inconclusive"
+    unclear = [*clear[:2], (meant(0.3, 0.5, 2), meant(0.4, 0.6, 2))]
+    assert decide_interpretability(unclear, at).verdict == "inconclusive"
     half = meant(0.5, 0.6, 2)
     half["predictability"] = half["predictability"] | {"to": None}
-    assert decide_interpretability([*clear[:2], (half, clear[2][1])]).reason == "one side was not measured"
+    assert decide_interpretability([*clear[:2], (half, clear[2][1])], at).reason == "one side was not measured"
+
+    mixed = (meant(0.3, 0.9, 0), meant(0.2, 0.8, 0))
+    mixed[1]["predictability"] = mixed[1]["predictability"] | {"to": meant(0.4, 1.0, 0)["predictability"]["to"]}
+    equal = (at[0][0], at[0][0])
+    for settings in (
+        at[:17],
+        [*at[:17], against[0]],
+        [*at[:17], mixed],
+        [*at[:17], equal],
+        [*at[:17], (half, at[0][1])],
+    ):
+        assert decide_interpretability(clear, settings).verdict == "inconclusive"
+    assert decide_interpretability(turned, [*against[:17], at[0]]).verdict == "inconclusive"
 
 
 def test_clusters_need_more_enrichment_of_content_than_shuffled_labels_give():
     clear = [(seed, {"content_discoveries": 12, "content_expected_under_shuffle": 0.5}) for seed in range(3)]
     none = [(seed, {"content_discoveries": 1, "content_expected_under_shuffle": 0.5}) for seed in range(3)]
-    assert decide_semantic(clear).verdict == "supports"
-    assert decide_semantic([*clear[:2], none[2]]).verdict == "inconclusive"
-    assert decide_semantic(none).verdict == "contradicts"
-    assert decide_semantic(clear[:2]).verdict == "inconclusive"
+    many, few = ([own] * 18 for own in (clear[0][1], none[0][1]))
+    assert decide_semantic(clear, many).verdict == "supports"
+    assert decide_semantic([*clear[:2], none[2]], many).verdict == "inconclusive"
+    assert decide_semantic(none, few).verdict == "contradicts"
+    assert decide_semantic(clear[:2], many).verdict == "inconclusive"
+    for settings in (many[:17], [*many[:17], few[0]], [*many[:17], None]):
+        assert decide_semantic(clear, settings).verdict == "inconclusive"
+    assert decide_semantic(none, [*few[:17], many[0]]).verdict == "inconclusive"
 
 
 def test_one_mode_must_stand_or_fall_at_every_seed_with_power():
     def tests(*values, power=0.9):
         return [(seed, {"p_value": p, "power": power}) for seed, p in enumerate(values)]
 
-    assert decide_dimensions(tests(0.5, 0.4, 0.9)).verdict == "supports"
-    assert decide_dimensions(tests(0.5, 0.4, 0.9, power=0.5)).verdict == "inconclusive"
-    assert decide_dimensions(tests(0.001, 0.002, 0.0)).verdict == "contradicts"
-    assert decide_dimensions(tests(0.001, 0.4, 0.9)).verdict == "inconclusive"
-    assert decide_dimensions(tests(0.5, 0.4)).verdict == "inconclusive"
+    one, two = ([{"p_value": p}] * 18 for p in (0.01, 0.001))  # the bar is 0.05 / 18
+    assert decide_dimensions(tests(0.5, 0.4, 0.9), one).verdict == "supports"
+    assert decide_dimensions(tests(0.5, 0.4, 0.9, power=0.5), one).verdict == "inconclusive"
+    assert decide_dimensions(tests(0.001, 0.002, 0.0), two).verdict == "contradicts"
+    assert decide_dimensions(tests(0.001, 0.4, 0.9), one).verdict == "inconclusive"
+    assert decide_dimensions(tests(0.5, 0.4), one).verdict == "inconclusive"
+    for settings in (one[:17], [*one[:17], two[0]], [*one[:17], None]):
+        assert decide_dimensions(tests(0.5, 0.4, 0.9), settings).verdict == "inconclusive"
+    assert decide_dimensions(tests(0.001, 0.002, 0.0), [*two[:17], one[0]]).verdict == "inconclusive"
 
 
 def fits(sources, p_value: float, kind: str = ""):
@@ -259,21 +285,29 @@ def test_attention_output_needs_both_kinds_and_induction_features_their_heads():
         return [(seed, {"induction": {"count": induction, "expected": expected},
                         "succession": {"count": succession, "expected": expected}}) for seed in range(3)]  # fmt: skip
 
-    assert decide_labels(labels(9, 5)).verdict == "supports"
-    assert decide_labels(labels(9, 2)).verdict == "inconclusive"
-    assert decide_labels(labels(2, 2)).verdict == "contradicts"
-    assert decide_labels(labels(9, 5, expected=4.0)).verdict == "contradicts"
-    assert decide_labels(labels(9, 5)[:2]).verdict == "inconclusive"
+    many, few = ([labels(n, n)[0][1]] * 6 for n in (9, 2))
+    assert decide_labels(labels(9, 5), many).verdict == "supports"
+    assert decide_labels(labels(9, 2), many).verdict == "inconclusive"
+    assert decide_labels(labels(2, 2), few).verdict == "contradicts"
+    assert decide_labels(labels(9, 5, expected=4.0), few).verdict == "contradicts"
+    assert decide_labels(labels(9, 5)[:2], many).verdict == "inconclusive"
+    for settings in (many[:5], [*many[:5], few[0]], [*many[:5], labels(9, 2)[0][1]]):
+        assert decide_labels(labels(9, 5), settings).verdict == "inconclusive"
+    assert decide_labels(labels(2, 2), [*few[:5], labels(2, 9)[0][1]]).verdict == "inconclusive"
 
     def shares(*values):
         return [(seed, {"interval": None if v is None else [v - 0.1, v + 0.1], "expected_share": 0.5})
                 for seed, v in enumerate(values)]  # fmt: skip
 
-    assert decide_heads(shares(0.9, 0.8, 0.7)).verdict == "supports"
-    assert decide_heads(shares(0.9, 0.8, 0.55)).verdict == "inconclusive"
-    assert decide_heads(shares(0.1, 0.2, 0.45)).verdict == "inconclusive"
-    assert decide_heads(shares(0.1, 0.2, 0.3)) == ("contradicts", "the whole interval lies below at every seed")
-    assert decide_heads(shares(0.9, None, None)).verdict == "inconclusive"
+    above, below = ([share for _, share in shares(*[value] * 18)] for value in (0.7, 0.3))
+    assert decide_heads(shares(0.9, 0.8, 0.7), above).verdict == "supports"
+    assert decide_heads(shares(0.9, 0.8, 0.55), above).verdict == "inconclusive"
+    assert decide_heads(shares(0.1, 0.2, 0.45), below).verdict == "inconclusive"
+    assert decide_heads(shares(0.1, 0.2, 0.3), below) == ("contradicts", "the whole interval lies below at every seed")
+    assert decide_heads(shares(0.9, None, None), above).verdict == "inconclusive"
+    for settings in (above[:17], [*above[:17], below[0]], [*above[:17], shares(None)[0][1]], [*above[:17], None]):
+        assert decide_heads(shares(0.9, 0.8, 0.7), settings).verdict == "inconclusive"
+    assert decide_heads(shares(0.1, 0.2, 0.3), [*below[:17], above[0]]).verdict == "inconclusive"
 
 
 def test_matched_features_are_told_in_words_of_the_two_runs():

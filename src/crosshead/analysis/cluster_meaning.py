@@ -42,10 +42,12 @@ def describe_clusters(
     *,
     simulations: int,
     seed: int,
+    with_power: bool = True,
 ) -> Record:
     """Records ``enrichment`` and ``ov_dimensions``, and ``enrichment_summary``, ``size_correlations``, ``modality``.
 
-    ``loadings`` [F, H]; empty where there are none, or too few live features for two clusters of eight.
+    ``loadings`` [F, H]; the test of OV dimensions has its power only ``with_power``. Empty where there are none, or too
+    few live features for two clusters of eight.
     """
     if loadings is None:
         return {}
@@ -76,7 +78,7 @@ def describe_clusters(
             "induction": size_correlation(assigned, induction_share[features]),
             "skip_trigram": size_correlation(assigned, None if skip_trigram is None else skip_trigram[features]),
         },
-        "modality": _modality(vectors, dimensions, simulations, seed),
+        "modality": _modality(vectors, dimensions, simulations, seed, with_power),
     }
 
 
@@ -88,7 +90,7 @@ def _power(module: Any, text: Moved) -> Floats:
     return np.bincount(entries.feature.numpy(), entries.value.double().numpy() ** 2, len(size)) * size**2
 
 
-def _modality(vectors: Floats, dimensions: Sequence[Record], simulations: int, seed: int) -> Record:
+def _modality(vectors: Floats, dimensions: Sequence[Record], simulations: int, seed: int, with_power: bool) -> Record:
     """Dip tests: OV dimension of clusters, and the features' first principal loading coordinate.
 
     The OV dimension is the logarithm of the effective rank over that of random sets as large, because rank grows with
@@ -103,7 +105,7 @@ def _modality(vectors: Floats, dimensions: Sequence[Record], simulations: int, s
     found = {"ov_dimension": np.log(ratios), "loadings": first}
     tests = {name: unimodality(sample, simulations, seed) for name, sample in found.items()}
     records = {name: None if test is None else dict(test._asdict()) for name, test in tests.items()}
-    if records["ov_dimension"] is not None:
+    if records["ov_dimension"] is not None and with_power:
         records["ov_dimension"]["power"] = _power_for_two_modes(found["ov_dimension"], simulations, seed)
     return records
 

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from jaxtyping import Bool
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
 
 from crosshead.activations.base_model import LanguageModel
@@ -48,6 +48,7 @@ Record = dict[str, Any]
 Floats = NDArray[np.float64]
 _CODE = "code"
 _FEWEST = 10
+_OF_SETTINGS = ("enrichment_summary", "modality")
 
 
 class MeaningConfig(BaseModel):
@@ -57,6 +58,8 @@ class MeaningConfig(BaseModel):
 
     runs: Annotated[tuple[str, ...], Field(min_length=1)]
     """Training runs whose features are described."""
+    settings: tuple[str, ...] = ()
+    """Runs at other settings of training, of which only what verdicts ask for is kept."""
     contexts: Annotated[int, Field(gt=0)] = 48
     """Held-out contexts of text, at most."""
     contexts_per_batch: Annotated[int, Field(gt=0)] = 4
@@ -91,6 +94,12 @@ class MeaningConfig(BaseModel):
     """Uniform samples behind the p-value of the dip."""
     seed: Annotated[int, Field(ge=0)] = 0
     """Fixes random tokens, lists, samples and nulls."""
+
+    @model_validator(mode="after")
+    def _each_once(self) -> "MeaningConfig":
+        for name in (name for name in self.settings if name in self.runs):
+            raise ValueError(f"{name!r} stands under runs and under settings; take it out of one")
+        return self
 
 
 class Subject(NamedTuple):
@@ -181,26 +190,32 @@ def describe(
     ValueError where the cache lacks a site that a dictionary's moves need, for an architecture without known moves,
     contexts longer than the model allows, or a pair to match that is not described.
     """
-    described = {subject.name for subject in subjects}
+    described = {subject.name for subject in subjects} - set(config.settings)
     for run in (run for pair in config.matched for run in pair if run not in described):
         raise ValueError(f"meaning.matched names {run!r}, which is not under meaning.runs; add it there")
     weights = cache.weights()
     everywhere = {subject.name: mover_of(subject.module, weights) for subject in subjects}
     sites = tuple(dict.fromkeys(site for mover in everywhere.values() for site in mover.sites))
     contexts = _Contexts.of(sites, cache, model, config)
-    result: Record = {"runs": {}, "enrichment": [], "enrichment_summary": {}, "ov_dimensions": [],
+    result: Record = {"runs": {}, "settings": {}, "enrichment": [], "enrichment_summary": {}, "ov_dimensions": [],
                       "size_correlations": {}, "modality": {}, "matches": []}  # fmt: skip
     kept: dict[str, Moved] = {}
     for subject in subjects:
         on_text = mover_of(subject.module, weights, lambda layer: _has_pattern(cache, layer))
         study = _study(subject, everywhere[subject.name], on_text, contexts)
-        result["runs"][subject.name] = _features(study, contexts, survey)
+        brief = subject.name in config.settings
+        features = _features(study, contexts, survey, 0 if brief else config.examples_per_label)
         if any(subject.name in pair for pair in config.matched):
             kept[subject.name] = study.text
         clusters = describe_clusters(
             subject.module, _loadings(subject.module, cache), subject.live, study.labels, study.text,
             _induction_share(study, config), config.clusters, simulations=config.simulations, seed=config.seed,
+            with_power=not brief,
         )  # fmt: skip
+        if brief:
+            result["settings"][subject.name] = features | {key: clusters.get(key) for key in _OF_SETTINGS}
+            continue
+        result["runs"][subject.name] = features
         for key, own in clusters.items():
             if isinstance(own, list):
                 result[key] += [{"run": subject.name} | record for record in own]
@@ -257,7 +272,7 @@ def _evidence(text: Moved, repeated: Moved, lists: Moved, contexts: _Contexts) -
 # ---- features ----
 
 
-def _features(study: _Study, contexts: _Contexts, survey: Sequence[Mapping[str, Any]]) -> Record:
+def _features(study: _Study, contexts: _Contexts, survey: Sequence[Mapping[str, Any]], n_examples: int) -> Record:
     config, labels = contexts.config, study.labels
     counts: Record = labels.counts()
     for name, evidence in labels.evidence.items():
@@ -267,7 +282,7 @@ def _features(study: _Study, contexts: _Contexts, survey: Sequence[Mapping[str, 
         counts[name]["measured"] = int((evidence.enough & study.subject.live & np.isfinite(evidence.share)).sum())
     shown = [record for name in labels.evidence for record in examples(
         study.lists if name == "succession" else study.text, labels, name, contexts.model.tokenizer,
-        n_features=config.examples_per_label, n_texts=config.texts_per_example)]  # fmt: skip
+        n_features=n_examples, n_texts=config.texts_per_example)]  # fmt: skip
     return {
         "architecture": study.subject.module.config.kind,
         "n_live": int(study.subject.live.sum()),

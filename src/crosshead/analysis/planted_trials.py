@@ -84,7 +84,8 @@ def shared_trial(
 ) -> Row:  # fmt: skip
     """A value SAE on two planted layers against the sum of one-layer ones, at equal total features.
 
-    ``ratio`` is that of the L1 objectives; below 1 the layers share features.
+    ``ratio`` is that of the L1 objectives; below 1 the layers share features. What is recovered is told from decoders
+    and loadings: the pair has more features than its values have dimensions.
     """
     cache, truth = _planted(layers, work)
     sparsity = L1(coefficient=coefficient, start_l0=2 * layers.l0)
@@ -101,8 +102,9 @@ def shared_trial(
     assert joint is not None
     (compared,) = compare_objectives(records["both"], records["first"], records["second"])
     planted = planted_values(truth, cache.weights(), joint.module)
-    found = recovery(planted, found_values(joint.module), _live(joint))
-    return {**compared, **_figures(joint), "share_recovered": found.share_recovered}
+    found = recovery(planted, found_values(joint.module), _live(joint), by_encoders=False)
+    cosines = {name: getattr(found, name) for name in ("cosine_encoder", "cosine_decoder", "cosine_loadings")}
+    return {**compared, **_figures(joint), "share_recovered": found.share_recovered, **cosines}
 
 
 def _planted(config: PlantedConfig, work: Path) -> tuple[ActivationCache, Truth]:

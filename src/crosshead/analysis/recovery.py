@@ -4,8 +4,10 @@ Shape legend: n true features (atoms), F found ones, X input width, D output wid
 
 Every true feature is matched with one found feature, none twice, so that the sum of similarities is largest (Hungarian
 algorithm). The similarity is the *smallest* of three cosines, those of encoders, decoders and loadings: a feature is
-recovered when all of it is. Decoder and loadings may both be turned round, which changes nothing. Design choices, for
-the toy model of attention superposition of the January 2024 update.
+recovered when all of it is. Decoder and loadings may both be turned round, which changes nothing. Where more features
+lie in a space than it has dimensions, the best encoder of one is turned away from its neighbours and need not be the
+planted row: there decoders and loadings alone are compared. Design choices, for the toy model of attention
+superposition of the January 2024 update.
 """
 
 from collections.abc import Mapping
@@ -65,7 +67,7 @@ class Recovery(BaseModel):
     n_found: int
     """Live features of the dictionary."""
     share_recovered: float
-    """True features whose smallest cosine with their partner is at least 0.95."""
+    """True features whose smallest cosine with their partner, of those that are compared, is at least 0.95."""
     cosine_encoder: float
     """Median, like the next two."""
     cosine_decoder: float
@@ -110,9 +112,10 @@ def found_values(module: Any) -> FeatureSet:
     return FeatureSet(module.encoder.weight.detach(), module.decoder.detach(), module.head_loadings())
 
 
-def recovery(planted: Planted, found: FeatureSet, live: Bool[Tensor, " F"]) -> Recovery:
+def recovery(planted: Planted, found: FeatureSet, live: Bool[Tensor, " F"], *, by_encoders: bool = True) -> Recovery:
     """Match the ``live`` ones among ``found`` with what was planted, and score them.
 
+    Without ``by_encoders`` decoders and loadings alone decide what matches and what is recovered.
     ValueError where the widths of the two do not fit, or nothing was planted.
     """
     for name, a, b in zip(FeatureSet._fields, planted.features, found, strict=True):
@@ -127,7 +130,8 @@ def recovery(planted: Planted, found: FeatureSet, live: Bool[Tensor, " F"]) -> R
     cosines = [normalize(a, dim=1) @ normalize(b, dim=1).T for a, b in zip(true, found, strict=True)]
     encoder, decoder, loadings = cosines
     sign = torch.where(torch.minimum(decoder, loadings) >= torch.minimum(-decoder, -loadings), 1.0, -1.0)
-    smallest = torch.minimum(encoder, torch.minimum(decoder * sign, loadings * sign))
+    smallest = torch.minimum(decoder * sign, loadings * sign)
+    smallest = torch.minimum(encoder, smallest) if by_encoders else smallest
     rows, columns = (torch.from_numpy(index) for index in linear_sum_assignment(-smallest.numpy()))
 
     def matched(table: Tensor) -> Tensor:

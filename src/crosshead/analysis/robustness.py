@@ -15,12 +15,14 @@ from crosshead.analysis.resampling import bootstrap_intervals, geometric_mean
 from crosshead.analysis.rules import Decision, Record, Verdict
 
 __all__ = [
-    "SETTINGS", "Robustness", "Setting", "compare_objective_settings", "compare_settings", "robustness_text",
-    "unsettled",
+    "SETTINGS", "SETTINGS_OF_ONE_START", "Robustness", "Setting", "compare_objective_settings", "compare_settings",
+    "meaning_at_settings", "robustness_text", "unsettled", "unsettled_where",
 ]  # fmt: skip
 
 SETTINGS = 18
 """Three starts, three learning rates, two lengths."""
+SETTINGS_OF_ONE_START = 6
+"""Of architectures that have one start only."""
 
 
 class _Key(NamedTuple):
@@ -103,13 +105,42 @@ def unsettled(verdict: Verdict, robustness: Record | None, n_settings: int) -> D
     It must hold at all of ``n_settings`` settings: their interval, or the ratio of objectives, on its side of 1.
     """
     settings = [] if robustness is None else robustness["settings"]
-    if robustness is None or len(settings) < n_settings or robustness["unpaired"]:
-        tried = f"{len(settings)} settings of start, rate and length were tried of {n_settings}"
-        return Decision("inconclusive", tried)
-    held = [_ahead(setting) if verdict == "supports" else _behind(setting) for setting in settings]
+    if robustness is not None and robustness["unpaired"]:
+        return _too_few_settings(len(settings), n_settings)
+    return unsettled_where(
+        [_ahead(setting) if verdict == "supports" else _behind(setting) for setting in settings], n_settings
+    )
+
+
+def unsettled_where(held: Sequence[bool], n_settings: int) -> Decision | None:
+    """``unsettled`` for what is told of one setting at a time: whether the verdict ``held`` at each."""
+    if len(held) < n_settings:
+        return _too_few_settings(len(held), n_settings)
     if not all(held):
         return Decision("inconclusive", f"holds at {sum(held)} of {len(held)} settings of start, rate and length")
     return None
+
+
+def _too_few_settings(n: int, wanted: int) -> Decision:
+    return Decision("inconclusive", f"{n} settings of start, rate and length were tried of {wanted}")
+
+
+def meaning_at_settings(metrics: Record, *series: str) -> list[tuple[Record, ...]]:
+    """What the features of one or two architectures mean, setting by setting: a record of each where all have one.
+
+    Read from the runs of ``<series>-settings``. An architecture that has one start only stands at every start of the
+    other. Empty where nothing was described.
+    """
+    rows = {row["run"]: row for row in metrics["frontier"]}
+    names = [f"{name}-settings" for name in series]
+    sides: list[Sides] = [{} for _ in series]
+    for run, found in ((metrics["meaning"] or {}).get("settings") or {}).items():
+        if run in rows and rows[run]["series"] in names:
+            sides[names.index(rows[run]["series"])].setdefault(_key(rows[run]), []).append(found | {"run": run})
+    if len(sides) == 2:
+        sides = list(_at_every_start(*sides))
+    shared = set.intersection(*(set(side) for side in sides))
+    return [tuple(side[key][0] for side in sides) for key in sorted(shared, key=_order)]
 
 
 def robustness_text(robustness: Record | None) -> str:

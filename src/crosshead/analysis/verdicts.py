@@ -10,6 +10,8 @@ from crosshead.analysis.claims import (
     attention_output,
     clusters,
     coupling,
+    heads,
+    interpretability,
     layers,
     planted,
     qk,
@@ -23,6 +25,17 @@ __all__ = ["judge"]
 
 def judge(metrics: Record, config: Any) -> list[Finding]:
     """Findings in the order of the report, from the content of metrics.json. Claims without their runs are left out."""
-    topics = (superposition, coupling, layers, clusters, attention_output, qk, replacement, planted)
+    topics = (
+        superposition,
+        heads,
+        interpretability,
+        coupling,
+        layers,
+        clusters,
+        attention_output,
+        qk,
+        replacement,
+        planted,
+    )
     found = (finding for topic in topics for finding in topic.findings(metrics, config))
     return [finding for finding in found if finding is not None]

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
+from crosshead.analysis.robustness import SETTINGS, SETTINGS_OF_ONE_START, meaning_at_settings, unsettled_where
 from crosshead.analysis.rules import COHERENT_LIFT, SEEDS_TO_DECIDE, Decision, Finding, Record, commands, too_few
 
 __all__ = ["decide_heads", "decide_labels", "findings"]
@@ -23,7 +24,8 @@ def _attention_output(metrics: Record, config: Any) -> Finding | None:
     at = min(rows, key=lambda r: (r["seed"], abs(r["l0"] - 60)))
     near = min(mtc, key=lambda r: (r["seed"], abs(r["l0"] - at["l0"])))
     labelled = _labelled(metrics, config.attention_output)
-    verdict, reason = decide_labels([(seed, found["labels"]) for seed, _, found in labelled])
+    settings = [own["labels"] for (own,) in meaning_at_settings(metrics, config.attention_output)]
+    verdict, reason = decide_labels([(seed, found["labels"]) for seed, _, found in labelled], settings)
     counts = "".join(
         f" {run}: "
         + ", ".join(
@@ -40,14 +42,15 @@ def _attention_output(metrics: Record, config: Any) -> Finding | None:
         claim="SAEs on attention outputs find interpretable features, induction and succession features among them.",
         figure=f"{at['run']}: normalised MSE {at['normalised_mse']:.4f} at L0 {at['l0']:.0f} (query side), "
         f"{at['dead_fraction']:.0%} of features dead on {at['n_tokens']:,} held-out tokens, cross-entropy recovered "
-        f"{_share(at['ce_recovered'])} ({at['n_tokens_spliced']:,} tokens).{counts}",
+        f"{_share(at['ce_recovered'])} ({at['n_tokens_spliced']:,} tokens).{counts}{_label_settings(settings)}",
         control=f"{near['run']}, which predicts the same output from the layer's input: {near['normalised_mse']:.4f} at L0 "
         f"{near['l0']:.0f} (key side), {near['dead_fraction']:.0%} dead, {_share(near['ce_recovered'])} recovered. Expected "
         "label counts are those of keys drawn at random and of exchanged pairs; a layer with induction heads exceeds them "
         "easily.",
         verdict=verdict,
         rule=f"Supports when both kinds are found at {SEEDS_TO_DECIDE} seeds or more, {COHERENT_LIFT:g} times as often as "
-        f"expected; contradicts when neither is at any.",
+        f"expected, and at all of {SETTINGS_OF_ONE_START} settings of learning rate and length; contradicts when neither is "
+        "at any.",
         reason=reason,
         picture="attention_output_frontier.png",
         commands=commands(metrics, "meaning", "report"),
@@ -62,19 +65,39 @@ def _labelled(metrics: Record, series: str) -> list[tuple[int, str, Record]]:
                    if run in rows and rows[run]["series"] == series), key=lambda item: item[:2])  # fmt: skip
 
 
-def decide_labels(labels: Sequence[tuple[int, Record]]) -> Decision:
-    """``labels``: seed and ``{label: {count, expected}}`` of every attention-output SAE."""
+def decide_labels(labels: Sequence[tuple[int, Record]], settings: Sequence[Record]) -> Decision:
+    """``labels``: seed and ``{label: {count, expected}}`` of every attention-output SAE.
+
+    ``settings`` are the labels of SAEs at other settings of training.
+    """
     seeds = {seed for seed, _ in labels}
     if (few := too_few(len(seeds))) is not None:
         return few
-    found = {label: [label in own and own[label]["count"] >= COHERENT_LIFT * max(1.0, own[label]["expected"])
-                     for _, own in labels] for label in _WANTED}  # fmt: skip
+    found = {label: [_many(own, label) for _, own in labels] for label in _WANTED}
     if all(all(each) for each in found.values()):
-        return Decision("supports", "both kinds at every seed")
+        held = [all(_many(own, label) for label in _WANTED) for own in settings]
+        return unsettled_where(held, SETTINGS_OF_ONE_START) or Decision(
+            "supports", "both kinds at every seed and setting"
+        )
     if not any(any(each) for each in found.values()):
-        return Decision("contradicts", "neither kind at any seed")
+        held = [not any(_many(own, label) for label in _WANTED) for own in settings]
+        return unsettled_where(held, SETTINGS_OF_ONE_START) or Decision("contradicts", "neither kind at any seed")
     return Decision(
         "inconclusive", "; ".join(f"{label} at {sum(each)} of {len(each)}" for label, each in found.items())
+    )
+
+
+def _many(labels: Record, name: str) -> bool:
+    return name in labels and labels[name]["count"] >= COHERENT_LIFT * max(1.0, labels[name]["expected"])
+
+
+def _label_settings(settings: Sequence[Record]) -> str:
+    found = {label: [own[label]["count"] for own in settings if label in own] for label in _WANTED}
+    listed = ", ".join(f"{min(each)} to {max(each)} {label} features" for label, each in found.items() if each)
+    return (
+        f" Over {len(settings)} settings of learning rate and length, one sparsity and seed: {listed}."
+        if listed
+        else ""
     )
 
 
@@ -84,18 +107,20 @@ def _induction_heads(metrics: Record, config: Any) -> Finding | None:
         return None
     _, run, found = labelled[0]
     heads = found["induction_heads"]
-    verdict, reason = decide_heads([(seed, each["induction_heads"]) for seed, _, each in labelled])
+    settings = [own["induction_heads"] for (own,) in meaning_at_settings(metrics, config.mtc)]
+    verdict, reason = decide_heads([(seed, each["induction_heads"]) for seed, _, each in labelled], settings)
     return Finding(
         key="induction-heads",
         title="Induction features on induction heads",
         claim="Induction features are moved by the heads that attend like induction heads.",
         figure=f"{run}: {_percent(heads['share_on_survey_heads'])}{_range(heads['interval'])} of what its induction features move goes through the "
         f"survey's induction heads ({', '.join('{layer}.{head}'.format(**head) for head in heads['survey_heads'])}); "
-        f"{found['labels']['induction']['count']} induction features.",
+        f"{found['labels']['induction']['count']} induction features.{_head_settings(settings)}",
         control=f"All features of the same dictionary: {_percent(heads['expected_share'])}.",
         verdict=verdict,
         rule=f"Supports when the interval of the share over induction features (ten or more) lies above the share of all "
-        f"features at {SEEDS_TO_DECIDE} seeds or more, contradicts when below at every one. Features are called induction "
+        f"features at {SEEDS_TO_DECIDE} seeds or more and at all of {SETTINGS} settings of start, learning rate and length, "
+        "contradicts when below at every one. Features are called induction "
         "features by the places they move from, through the same heads, so this is a check of consistency.",
         reason=reason,
         picture=None,
@@ -103,18 +128,38 @@ def _induction_heads(metrics: Record, config: Any) -> Finding | None:
     )
 
 
-def decide_heads(shares: Sequence[tuple[int, Record]]) -> Decision:
-    """``shares``: seed and ``{interval, expected_share}`` of every MTC."""
+def decide_heads(shares: Sequence[tuple[int, Record]], settings: Sequence[Record | None]) -> Decision:
+    """``shares``: seed and ``{interval, expected_share}`` of every MTC; ``settings``: of MTCs trained otherwise."""
     known = [(seed, s) for seed, s in shares if s["interval"] is not None and s["expected_share"] is not None]
     seeds = {seed for seed, _ in known}
     if (few := too_few(len(seeds))) is not None:
         return few
-    above = [s["interval"][0] > s["expected_share"] for _, s in known]
+    above = [_side(s) == 1 for _, s in known]
     if all(above):
-        return Decision("supports", "the whole interval lies above at every seed")
-    if all(s["interval"][1] < s["expected_share"] for _, s in known):
-        return Decision("contradicts", "the whole interval lies below at every seed")
+        held = [s is not None and _side(s) == 1 for s in settings]
+        return unsettled_where(held, SETTINGS) or Decision(
+            "supports", "the whole interval lies above at every seed and setting"
+        )
+    if all(_side(s) == -1 for _, s in known):
+        held = [s is not None and _side(s) == -1 for s in settings]
+        return unsettled_where(held, SETTINGS) or Decision("contradicts", "the whole interval lies below at every seed")
     return Decision("inconclusive", f"the whole interval lies above at {sum(above)} of {len(above)} seeds")
+
+
+def _side(share: Record) -> int:
+    """1 where the interval lies above what is expected, -1 where below, 0 where it holds it or there is none."""
+    if share["interval"] is None or share["expected_share"] is None:
+        return 0
+    low, high = share["interval"]
+    return int(low > share["expected_share"]) - int(high < share["expected_share"])
+
+
+def _head_settings(settings: Sequence[Record | None]) -> str:
+    found = [s["share_on_survey_heads"] for s in settings if s is not None and s["share_on_survey_heads"] is not None]
+    if not found:
+        return ""
+    return (f" Over {len(settings)} settings of start, learning rate and length, one sparsity and seed: {min(found):.0%} to "
+            f"{max(found):.0%}.")  # fmt: skip
 
 
 def _share(value: float | None) -> str:

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
+from crosshead.analysis.robustness import SETTINGS, meaning_at_settings, unsettled_where
 from crosshead.analysis.rules import COHERENT_LIFT, SEEDS_TO_DECIDE, Decision, Finding, Record, commands, too_few
 
 __all__ = ["decide_dimensions", "decide_power_law", "decide_semantic", "findings"]
@@ -54,7 +55,8 @@ def _semantic(metrics: Record, config: Any) -> Finding | None:
         f"{label.replace('_', ' ')} {n}" for label, n in sorted(labels.items(), key=lambda item: -item[1])
     )
     first = next(iter(summary))
-    verdict, reason = decide_semantic([(rows[run]["seed"], found) for run, found in summary.items()])
+    settings = [own["enrichment_summary"] for (own,) in meaning_at_settings(metrics, config.mtc)]
+    verdict, reason = decide_semantic([(rows[run]["seed"], found) for run, found in summary.items()], settings)
     return Finding(
         key="clusters-semantic",
         title="Clusters and meaning",
@@ -62,29 +64,49 @@ def _semantic(metrics: Record, config: Any) -> Finding | None:
         figure=f"{sum(s['discoveries'] for s in summary.values())} enriched pairs of cluster and label at a false discovery "
         f"rate of 5% in {len(summary)} MTC{'s' if len(summary) > 1 else ''} ({listed or 'none'}), "
         f"{sum(s['content_discoveries'] for s in summary.values())} of them in labels of content (delimiter, code, "
-        f"succession); {metrics['meaning']['runs'][first]['n_live']:,} live features in {first}.",
+        f"succession); {metrics['meaning']['runs'][first]['n_live']:,} live features in {first}.{_semantic_settings(settings)}",
         control="Labels shuffled among features, all and of content: " + ", ".join(
             f"{s['expected_under_shuffle']:.1f} and {s['content_expected_under_shuffle']:.1f} expected for {run}"
             for run, s in summary.items()) + ".",
         verdict=verdict,
         rule="Labels of position (induction among them) follow from the loadings that are clustered, so labels of content "
         f"decide. Supports when every MTC of {SEEDS_TO_DECIDE} seeds or more has at least {COHERENT_LIFT:g} times the pairs "
-        "that shuffled labels give (counting at least one), contradicts when none has.",
+        f"that shuffled labels give (counting at least one), and at all of {SETTINGS} settings of start, learning rate and "
+        "length; contradicts when none has.",
         reason=reason,
         picture=None,
         commands=commands(metrics, "meaning", "report"),
     )  # fmt: skip
 
 
-def decide_semantic(summaries: Sequence[tuple[int, Record]]) -> Decision:
-    """``summaries``: seed and ``{content_discoveries, content_expected_under_shuffle}`` of every MTC."""
+def decide_semantic(summaries: Sequence[tuple[int, Record]], settings: Sequence[Record | None]) -> Decision:
+    """``summaries``: seed and ``{content_discoveries, content_expected_under_shuffle}`` of every MTC.
+
+    ``settings`` are those of MTCs at other settings of training, None where there were too few features to cluster.
+    """
     if (few := too_few(len({seed for seed, _ in summaries}))) is not None:
         return few
-    enough = [s["content_discoveries"] >= COHERENT_LIFT * max(1.0, s["content_expected_under_shuffle"])
-              for _, s in summaries]  # fmt: skip
+    enough = [_enough(s) for _, s in summaries]
+    if any(enough) and not all(enough):
+        return Decision("inconclusive", f"enough at {sum(enough)} of {len(enough)}")
+    held = [s is not None and _enough(s) == all(enough) for s in settings]
+    if (why := unsettled_where(held, SETTINGS)) is not None:
+        return why
     if all(enough):
-        return Decision("supports", "many more enriched clusters than shuffled labels give, at every seed")
-    return Decision("inconclusive" if any(enough) else "contradicts", f"enough at {sum(enough)} of {len(enough)}")
+        return Decision("supports", "many more enriched clusters than shuffled labels give, at every seed and setting")
+    return Decision("contradicts", f"enough at none of {len(enough)}")
+
+
+def _enough(summary: Record) -> bool:
+    return summary["content_discoveries"] >= COHERENT_LIFT * max(1.0, summary["content_expected_under_shuffle"])
+
+
+def _semantic_settings(settings: Sequence[Record | None]) -> str:
+    pairs = [s["content_discoveries"] for s in settings if s is not None]
+    if not pairs:
+        return ""
+    return (f" Over {len(settings)} settings of start, learning rate and length, one sparsity and seed: {min(pairs)} to "
+            f"{max(pairs)} pairs of content.")  # fmt: skip
 
 
 # ---- OV dimensions ----
@@ -107,27 +129,50 @@ def _dimensions(metrics: Record, config: Any) -> Finding | None:
         each = [found[name] for found in correlations if found.get(name) is not None]
         listed = ", ".join(f"{one['rho']:.2f} (p {one['p_value']:.2f})" for one in each)
         sizes += f" Cluster size against share of {name.replace('_', '-')}s: rho {listed}." if each else ""
-    verdict, reason = decide_dimensions([(rows[run]["seed"], test) for run, test in modality.items()])
+    settings = [(own["modality"] or {}).get("ov_dimension")
+                for (own,) in meaning_at_settings(metrics, config.mtc)]  # fmt: skip
+    verdict, reason = decide_dimensions([(rows[run]["seed"], test) for run, test in modality.items()], settings)
     return Finding(
         key="ov-dimension",
         title="OV dimension",
         claim="Attention features have no preferred OV dimensions: clusters form a continuum rather than discrete families.",
         figure=f"OV dimensions of {len(own)} clusters of {shown}, over those of random sets as large: test for one mode "
         f"(dip) p {modality[shown]['p_value']:.2f}, power {modality[shown]['power']:.0%} for two modes a factor of 4 apart "
-        f"({modality[shown]['n']} clusters).{sizes}",
+        f"({modality[shown]['n']} clusters).{sizes}{_dimension_settings(settings)}",
         control=f"Size-matched random sets of features: {outside} of {len(own)} clusters lie outside their 95% range; "
         f"chance gives {0.05 * len(own):.1f}.",
         verdict=verdict,
         rule=f"Contradicts when one mode is rejected at 5% (Bonferroni over dictionaries) at {SEEDS_TO_DECIDE} seeds or "
-        f"more; supports when it is rejected at none of as many and each test has a power of {_POWER:.0%}.",
+        f"more; supports when it is rejected at none of as many and each test has a power of {_POWER:.0%}; either at all of "
+        f"{SETTINGS} settings of start, learning rate and length as well.",
         reason=reason,
         picture="ov_dimensions.png",
         commands=commands(metrics, "meaning", "report"),
     )
 
 
-def decide_dimensions(tests: Sequence[tuple[int, Record]]) -> Decision:
-    """``tests``: seed and ``{p_value, power}`` of every MTC's test for one mode."""
+def decide_dimensions(tests: Sequence[tuple[int, Record]], settings: Sequence[Record | None]) -> Decision:
+    """``tests``: seed and ``{p_value, power}`` of every MTC's test for one mode.
+
+    ``settings`` are those of MTCs at other settings of training (no power is asked for there), None without a test.
+    """
+    found = _one_mode(tests)
+    if found.verdict == "inconclusive":
+        return found
+    bar = 0.05 / max(1, len(settings))
+    held = [test is not None and (test["p_value"] < bar) == (found.verdict == "contradicts") for test in settings]
+    return unsettled_where(held, SETTINGS) or found
+
+
+def _dimension_settings(settings: Sequence[Record | None]) -> str:
+    found = [test["p_value"] for test in settings if test is not None]
+    if not found:
+        return ""
+    return (f" Over {len(settings)} settings of start, learning rate and length, one sparsity and seed: p {min(found):.2f} "
+            f"at least.")  # fmt: skip
+
+
+def _one_mode(tests: Sequence[tuple[int, Record]]) -> Decision:
     if (few := too_few(len({seed for seed, _ in tests}))) is not None:
         return few
     rejected = [test["p_value"] < 0.05 / len(tests) for _, test in tests]
@@ -210,7 +255,8 @@ def decide_power_law(
         return Decision("supports", f"{share:.0%} of the fits are ruled out, and most of every null's are")
     alike = [kind for kind, found in by_kind.items() if sum(found) / len(found) <= max(share, 0.5)]
     if alike:
-        return Decision("inconclusive", f"the nulls {' and '.join(alike)} pass as well: k-means makes such sizes")
+        return Decision("inconclusive", f"{share:.0%} of the fits are ruled out or beaten, and of the {' and the '.join(alike)} "
+                        "nulls' no more or at most half: k-means makes such sizes by itself")  # fmt: skip
     return Decision("inconclusive", f"{share:.0%} of the fits are ruled out or beaten")
 
 

@@ -2,8 +2,13 @@
 
 from typing import Any
 
-from crosshead.analysis.claims.superposition import decide_interpretability, matched_meaning, meaning_text
-from crosshead.analysis.robustness import SETTINGS, robustness_text, unsettled
+from crosshead.analysis.claims.interpretability import (
+    decide_interpretability,
+    matched_meaning,
+    meaning_text,
+    settings_text,
+)
+from crosshead.analysis.robustness import SETTINGS, meaning_at_settings, robustness_text, unsettled
 from crosshead.analysis.rules import (
     Decision,
     Finding,
@@ -110,18 +115,20 @@ def _interpretability(metrics: Record, config: Any) -> Finding | None:
     pairs = matched_meaning(metrics, config.top1, config.joint_top1)
     if not pairs:
         return None
-    verdict, reason = decide_interpretability(pairs)
     top1, joint = pairs[0]
+    settings = meaning_at_settings(metrics, config.top1, config.joint_top1)
+    verdict, reason = decide_interpretability(pairs, settings)
     return Finding(
         key="coupling-interpretability",
         title="QK/OV coupling, interpretability",
         claim="SAE features moved through a single-head MTC decoder attend more broadly or are more polysemantic than the "
         "features of a Top-1 MTC.",
         figure=f"{meaning_text(joint)}.{_matched_text(metrics, config.top1, config.joint_top1)}",
-        control=f"{meaning_text(top1)}.",
+        control=f"{meaning_text(top1)}.{settings_text(settings)}",
         verdict=verdict,
-        rule="Supports when the joint model's features are less predictable from two tokens on both sides at three "
-        "seeds or more.",
+        rule="Supports when the joint model's features are less predictable from two tokens on both sides at three seeds or "
+        f"more and, by medians, at all of {SETTINGS} settings of start (the Top-1 MTC's), learning rate and length; "
+        "contradicts when more on both.",
         reason=reason,
         picture=None,
         commands=commands(metrics, "meaning", "report"),

@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from crosshead.analysis.robustness import robustness_text, unsettled
+from crosshead.analysis.robustness import SETTINGS_OF_ONE_START, robustness_text, unsettled
 from crosshead.analysis.rules import (
     NO_GAP,
     Decision,
@@ -22,8 +22,6 @@ from crosshead.analysis.rules import (
 
 __all__ = ["decide_layers", "findings"]
 
-_SETTINGS = 6
-"""Three learning rates, two lengths; value SAEs have one start."""
 MATCHED = 0.8
 """Share of held-out positions at which control (ii) must keep at least the current token."""
 
@@ -80,7 +78,7 @@ def _pair(
         rule="Supports only when the interval lies below 1, at every coefficient the objective lies more than 2% below 1 and "
         f"below that of control (i), control (ii) matches at least one token at {MATCHED:.0%} of positions, and ratio and "
         "every objective lie below those of (ii) and (iii) at the same coefficients, without which the gap may be shared "
-        f"input; and at {_SETTINGS} settings of learning rate and length the objective lies below 1 and below that of (i). "
+        f"input; and at {SETTINGS_OF_ONE_START} settings of learning rate and length the objective lies below 1 and below that of (i). "
         "Contradicts when the interval lies above 1 although the objective of control (i) is within 2% of 1 at every "
         "coefficient.",
         reason=reason,
@@ -158,7 +156,7 @@ def decide_layers(
         above = [c for c, ratio in other.items() if own.get(c, math.inf) >= ratio]
         if not lies_below(against, held[label]) or not other or above:
             return Decision("inconclusive", f"the gap does not beat control {name}: shared input")
-    if (why := unsettled("supports", settings, _SETTINGS)) is not None:
+    if (why := unsettled("supports", settings, SETTINGS_OF_ONE_START)) is not None:
         return why
     if (why := _not_below(settings, control_settings)) is not None:
         return why

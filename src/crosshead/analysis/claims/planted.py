@@ -71,8 +71,10 @@ def decide_planted(rows: Sequence[Record]) -> Decision:
     spread, alone = (_of(rows, question="recovery", architecture="top1", layer=layer)
                      for layer in ("superposed", "one-head"))  # fmt: skip
     right = calls(rows)
-    if not mtc or not right:
-        return Decision("inconclusive", "recovery or calls were not measured")
+    if not mtc:
+        return Decision("inconclusive", "no recovery was measured")
+    if not right:
+        return Decision("inconclusive", "no layer, pair or toy was called anything")
     if (few := too_few(len({row["seed"] for row in mtc}))) is not None:
         return few
     least = min(row["share_recovered"] for row in mtc)

@@ -1,15 +1,13 @@
 """Attention models in the evidence and gpu profiles: the laptop's runs at three seeds, or larger."""
 
 import re
+from collections.abc import Sequence
 from typing import Any
 
 __all__ = ["evidence_attention_", "gpu_attention_"]
 
 Sections = dict[str, Any]
 
-_SEEDS = (0, 1, 2)
-"""Of the evidence profile, the same as those of its dictionaries."""
-_FIRST = _SEEDS[0]
 _EVERY_SEED: dict[str, tuple[tuple[int, ...], Sections]] = {
     "qk-rank1": ((4, 8, 16, 32, 64), {}),
     "qk-features512": ((8, 16, 32, 64), {"features": 512}),
@@ -42,34 +40,35 @@ _SPARSE: Sections = {"lambda_qk": 0.02, "lambda_ov": 0.03, "gates": {"coefficien
 """Every penalty that a replacement layer has, each a few hundredths of the squared error at the start."""
 
 
-def evidence_attention_(sections: Sections) -> None:
-    """What a claim is judged by at three seeds, in place; variants of it at one."""
+def evidence_attention_(sections: Sections, seeds: Sequence[int]) -> None:
+    """What a claim is judged by at the seeds, in place; variants of it at one."""
+    first = seeds[0]
     laptop = sections["attention_runs"] | {"arl-rank1": _RANK_ONE}
     base = {"start": "base_qk"}
     laptop["arl-wide-base"] = laptop["arl-wide"] | {"series": "arl-wide-base"} | base
     laptop["arl-sparse"] = laptop["arl-wide"] | {"series": "arl-sparse"} | _SPARSE
     laptop["arl-narrow-base"] = laptop["arl-narrow"] | {"series": "arl-narrow-base"} | base
     runs: Sections = {}
-    for seed in _SEEDS:
-        for series, (ks, own) in (_EVERY_SEED | (_FIRST_SEED if seed == _FIRST else {})).items():
+    for seed in seeds:
+        for series, (ks, own) in (_EVERY_SEED | (_FIRST_SEED if seed == first else {})).items():
             for k in ks:
                 runs[f"{series}-k{k}-s{seed}"] = _qk(series, seed, {"kind": "batch_topk", "k": k}, own)
-        once = () if seed != _FIRST else ("arl-rank1", "arl-combined", "arl-wide-base", "arl-narrow-base", "arl-sparse")
+        once = () if seed != first else ("arl-rank1", "arl-combined", "arl-wide-base", "arl-narrow-base", "arl-sparse")
         for name in ("arl-wide", "arl-narrow", *once):
             runs[f"{name}-s{seed}"] = laptop[name] | {"seed": seed}
     for name, coefficient in _QK_L1.items():
         sparsity = {"kind": "l1", "coefficient": coefficient, "start_l0": 40}
-        runs[f"qk-l1-{name}-s{_FIRST}"] = _qk("qk-l1", _FIRST, sparsity, {})
+        runs[f"qk-l1-{name}-s{first}"] = _qk("qk-l1", first, sparsity, {})
     for start in _QK_JUMPRELU:
         sparsity = {"kind": "jumprelu", "coefficient": 0.03, "start_l0": start}
-        runs[f"qk-jumprelu-{start}-s{_FIRST}"] = _qk("qk-jumprelu", _FIRST, sparsity, {})
+        runs[f"qk-jumprelu-{start}-s{first}"] = _qk("qk-jumprelu", first, sparsity, {})
     sections["attention_runs"] = runs
     explain = sections["explain"]
-    explain["runs"] = [f"qk-rank1-k32-s{_FIRST}", *(f"qk-features512-k32-s{seed}" for seed in _SEEDS)]
-    explain["decisions"] = [decision | {"run": f"qk-rank1-k32-s{_FIRST}"} for decision in explain["decisions"]]
-    coded = [f"{name}-s{_FIRST}" for name in ("arl-rank1", *sections["replacements"]["codes_of"])]
-    wide = [f"arl-wide-s{seed}" for seed in _SEEDS]
-    sections["replacements"] |= {"heads_of": wide, "codes_of": [*coded, f"arl-sparse-s{_FIRST}"]}
+    explain["runs"] = [f"qk-rank1-k32-s{first}", *(f"qk-features512-k32-s{seed}" for seed in seeds)]
+    explain["decisions"] = [decision | {"run": f"qk-rank1-k32-s{first}"} for decision in explain["decisions"]]
+    coded = [f"{name}-s{first}" for name in ("arl-rank1", *sections["replacements"]["codes_of"])]
+    wide = [f"arl-wide-s{seed}" for seed in seeds]
+    sections["replacements"] |= {"heads_of": wide, "codes_of": [*coded, f"arl-sparse-s{first}"]}
 
 
 def _qk(series: str, seed: int, sparsity: Sections, own: Sections) -> Sections:

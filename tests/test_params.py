@@ -93,6 +93,7 @@ WRONG = {
     "a match of a run that is not described": (
         "meaning.matched", [["mtc-k60", "mtc-k20"]], "meaning.matched names 'mtc-k20', which is not under meaning.runs"
     ),
+    "meaning at a setting of a run that is none": ("meaning.settings", ["mct"], "meaning.settings names 'mct'"),
     "meaning of a run that is none": ("meaning.runs", ["mct-k60"], "meaning.runs names 'mct-k60'"),
     "control without its site": (
         "harvest.sites", [{"layer": "first", "names": ["resid_in", "q", "k", "v", "attn_out"]},

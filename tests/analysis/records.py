@@ -128,7 +128,7 @@ def evidence() -> dict[str, Any]:
         {"question": "superposition", "layer": "superposed", "seed": 0, "noise": 0.1, "ratio": 0.4, "null_ratio": 0.97,
          "superposed": True},
         {"question": "shared_layers", "layers": "shared", "shared": 1.0, "seed": 0, "control": "none", "ratio": 0.9,
-         "found": True, "share_recovered": 0.9},
+         "found": True, "share_recovered": 0.9, "cosine_encoder": 0.57, "cosine_decoder": 0.99, "cosine_loadings": 1.0},
         {"question": "toys", "toy": "skip-trigram", "seed": 0, "accuracy": 0.99, "ratio": 0.7, "null_ratio": 0.97,
          "superposed": True, "mtc_l0": 1.0, "top1_l0": 1.0},
         *({"question": "phases", "seed": seed, "mixing": m, "noise": n, "planted_l0": 8,
@@ -140,6 +140,7 @@ def evidence() -> dict[str, Any]:
         "planted": {"rows": planted, "seeds": [0], "commit_seed": None},
         "meaning": {
             "runs": dict.fromkeys(("mtc-60", "top1-60", "attn-out-sae-60"), read),
+            "settings": {},
             "enrichment": [cluster | {"label": "induction", "n": 6, "expected": 0.7, "p_value": 1e-6, "q_value": 1e-4}],
             "enrichment_summary": {"mtc-60": {"discoveries": 4, "expected_under_shuffle": 0.3, "content_discoveries": 2,
                                               "content_expected_under_shuffle": 0.1}},

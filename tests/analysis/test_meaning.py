@@ -116,18 +116,21 @@ def test_two_dictionaries_of_one_kind_are_matched(document):
 
 
 def test_of_runs_at_other_settings_only_what_verdicts_ask_for_is_kept(document, setting):
-    config = CONFIG.model_copy(update={"runs": ("mtc", "top1", "output"), "settings": ("value",)})
+    config = CONFIG.model_copy(update={"runs": ("mtc", "top1"), "settings": ("value", "output")})
     found = describe(*setting, config)
     whole, brief = document["runs"]["value"], found["settings"]["value"]
     assert {name: brief[name] for name in whole if name != "examples"} == {
         name: whole[name] for name in whole if name != "examples"
     }
-    assert (brief["examples"], brief["enrichment_summary"]) == ([], document["enrichment_summary"]["value"])
+    assert set(brief) == set(whole) - {"examples"} | {"enrichment_summary", "modality"}
+    assert brief["enrichment_summary"] == document["enrichment_summary"]["value"]
     test = document["modality"]["value"]["ov_dimension"]
-    assert brief["modality"]["ov_dimension"] == {name: test[name] for name in test if name != "power"}
+    assert brief["modality"] == {"ov_dimension": {name: test[name] for name in test if name != "power"}}
+    of_output = found["settings"]["output"]
+    assert (of_output["enrichment_summary"], of_output["modality"]) == (None, None)
     assert "value" not in found["runs"]
     assert found["ov_dimensions"] == [record for record in document["ov_dimensions"] if record["run"] != "value"]
-    with pytest.raises(ValueError, match="'value' stands under runs and under settings"):
+    with pytest.raises(ValueError, match="'value' stands twice under runs and settings"):
         MeaningConfig(runs=("value",), settings=("value",))
 
 

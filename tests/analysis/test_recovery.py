@@ -149,8 +149,10 @@ def test_a_value_sae_that_holds_the_planted_values_scores_one(base):
     assert recovery(planted, others, torch.tensor(live)).share_recovered == 0.0
     assert recovery(planted, others, torch.tensor(live), by_encoders=False).share_recovered == 1.0
     half = torch.arange(len(truth.feature))[:, None] % 2 == 0
-    turned = found._replace(loadings=torch.where(half, -found.loadings, found.loadings))
-    assert recovery(planted, turned, torch.tensor(live), by_encoders=False).share_recovered < 1.0
+    wrong = found._replace(decoder=torch.where(half, others.encoder, found.decoder))
+    assert recovery(planted, wrong, torch.tensor(live), by_encoders=False).share_recovered == pytest.approx(
+        0.5, abs=0.02
+    )
 
 
 def test_tables_that_do_not_fit_are_refused(truth):

@@ -156,4 +156,9 @@ def test_meaning_at_settings_is_paired_setting_by_setting():
         (f"run-{3 * start + rate}", f"run-{9 + rate}") for start in range(3) for rate in range(2)
     ]
     assert meaning_at_settings(metrics | {"meaning": None}, "mtc") == []
+    twice = rows[0] | {"run": "another", "seed": 1}
+    metrics["frontier"].append(twice)
+    metrics["meaning"]["settings"]["another"] = {}
+    with pytest.raises(ValueError, match=r"names two runs of mtc-settings with start energy, rate 0\.001 and 10 steps"):
+        meaning_at_settings(metrics, "mtc")
     assert meaning_at_settings(metrics, "absent") == []

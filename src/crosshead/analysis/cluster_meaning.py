@@ -42,12 +42,12 @@ def describe_clusters(
     *,
     simulations: int,
     seed: int,
-    with_power: bool = True,
+    brief: bool = False,
 ) -> Record:
     """Records ``enrichment`` and ``ov_dimensions``, and ``enrichment_summary``, ``size_correlations``, ``modality``.
 
-    ``loadings`` [F, H]; the test of OV dimensions has its power only ``with_power``. Empty where there are none, or too
-    few live features for two clusters of eight.
+    ``loadings`` [F, H]; in ``brief`` only OV dimensions are tested for one mode, and without the test's power. Empty
+    where there are no loadings, or too few live features for two clusters of eight.
     """
     if loadings is None:
         return {}
@@ -78,7 +78,7 @@ def describe_clusters(
             "induction": size_correlation(assigned, induction_share[features]),
             "skip_trigram": size_correlation(assigned, None if skip_trigram is None else skip_trigram[features]),
         },
-        "modality": _modality(vectors, dimensions, simulations, seed, with_power),
+        "modality": _modality(vectors, dimensions, simulations, seed, brief),
     }
 
 
@@ -90,22 +90,23 @@ def _power(module: Any, text: Moved) -> Floats:
     return np.bincount(entries.feature.numpy(), entries.value.double().numpy() ** 2, len(size)) * size**2
 
 
-def _modality(vectors: Floats, dimensions: Sequence[Record], simulations: int, seed: int, with_power: bool) -> Record:
-    """Dip tests: OV dimension of clusters, and the features' first principal loading coordinate.
+def _modality(vectors: Floats, dimensions: Sequence[Record], simulations: int, seed: int, brief: bool) -> Record:
+    """Dip tests: OV dimension of clusters, and (unless ``brief``) the features' first principal loading coordinate.
 
     The OV dimension is the logarithm of the effective rank over that of random sets as large, because rank grows with
-    size. Its ``power`` is the share of two-mode samples of the same size that the test rejects at 5% over three
-    dictionaries: half of the clusters four times as high as the others, each half spread as widely as the clusters of
-    the real dictionary are around their median, at most by a factor of 1.5.
+    size. Its ``power`` (unless ``brief``) is the share of two-mode samples of the same size that the test rejects at 5%
+    over three dictionaries: half of the clusters four times as high as the others, each half spread as widely as the
+    clusters of the real dictionary are around their median, at most by a factor of 1.5.
     """
     ratios = np.array([record["effective_rank"] / record["random_mean"] for record in dimensions
                        if record["effective_rank"] > 0 and record["random_mean"] > 0])  # fmt: skip
-    centred = vectors - vectors.mean(0)
-    first = centred @ np.linalg.eigh(centred.T @ centred)[1][:, -1]
-    found = {"ov_dimension": np.log(ratios), "loadings": first}
+    found = {"ov_dimension": np.log(ratios)}
+    if not brief:
+        centred = vectors - vectors.mean(0)
+        found["loadings"] = centred @ np.linalg.eigh(centred.T @ centred)[1][:, -1]
     tests = {name: unimodality(sample, simulations, seed) for name, sample in found.items()}
     records = {name: None if test is None else dict(test._asdict()) for name, test in tests.items()}
-    if records["ov_dimension"] is not None and with_power:
+    if records["ov_dimension"] is not None and not brief:
         records["ov_dimension"]["power"] = _power_for_two_modes(found["ov_dimension"], simulations, seed)
     return records
 

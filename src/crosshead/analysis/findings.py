@@ -180,7 +180,7 @@ def _details(record: Record) -> Record:
 def _matched(series: Mapping[str, list[Record]], references: Record, config: ReportConfig) -> list[Record]:
     """Normalised MSE on the attention output at round L0, log-linear between measured points (lowest seed).
 
-    A curve that ends within 1% of a round L0 counts as measured there: BatchTopK comes to 30.009 as to 29.991.
+    A curve that ends within 1% of a round L0 is read at its end: BatchTopK comes to 30.009 as to 29.991.
     """
     curves = {name: points_of([r for r in series[of] if r["seed"] == min(q["seed"] for q in series[of])])
               for name, of in (("mtc", config.mtc), ("top1", config.top1), ("mtc_l1", config.mtc_l1),
@@ -190,8 +190,10 @@ def _matched(series: Mapping[str, list[Record]], references: Record, config: Rep
 
 
 def _at(points: Sequence[Point], l0: float) -> float | None:
-    nearest = min((point.l0 for point in points), key=lambda own: abs(own - l0), default=l0)
-    return log_interpolate(points, nearest if abs(nearest - l0) <= 0.01 * l0 else l0)
+    if not points:
+        return None
+    inside = min(max(l0, min(point.l0 for point in points)), max(point.l0 for point in points))
+    return log_interpolate(points, inside) if abs(inside - l0) <= 0.01 * l0 else None
 
 
 def _comparisons(series: Mapping[str, list[Record]], config: ReportConfig) -> Record:

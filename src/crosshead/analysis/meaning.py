@@ -59,7 +59,7 @@ class MeaningConfig(BaseModel):
     runs: Annotated[tuple[str, ...], Field(min_length=1)]
     """Training runs whose features are described."""
     settings: tuple[str, ...] = ()
-    """Runs at other settings of training, of which only what verdicts ask for is kept."""
+    """Runs at other settings of training, described without examples and single clusters."""
     contexts: Annotated[int, Field(gt=0)] = 48
     """Held-out contexts of text, at most."""
     contexts_per_batch: Annotated[int, Field(gt=0)] = 4
@@ -97,8 +97,9 @@ class MeaningConfig(BaseModel):
 
     @model_validator(mode="after")
     def _each_once(self) -> "MeaningConfig":
-        for name in (name for name in self.settings if name in self.runs):
-            raise ValueError(f"{name!r} stands under runs and under settings; take it out of one")
+        named = (*self.runs, *self.settings)
+        for name in (name for name in named if named.count(name) > 1):
+            raise ValueError(f"{name!r} stands twice under runs and settings; name every run once")
         return self
 
 
@@ -210,9 +211,10 @@ def describe(
         clusters = describe_clusters(
             subject.module, _loadings(subject.module, cache), subject.live, study.labels, study.text,
             _induction_share(study, config), config.clusters, simulations=config.simulations, seed=config.seed,
-            with_power=not brief,
+            brief=brief,
         )  # fmt: skip
         if brief:
+            del features["examples"]
             result["settings"][subject.name] = features | {key: clusters.get(key) for key in _OF_SETTINGS}
             continue
         result["runs"][subject.name] = features

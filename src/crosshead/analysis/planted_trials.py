@@ -84,8 +84,8 @@ def shared_trial(
 ) -> Row:  # fmt: skip
     """A value SAE on two planted layers against the sum of one-layer ones, at equal total features.
 
-    ``ratio`` is that of the L1 objectives; below 1 the layers share features. What is recovered is told from decoders
-    and loadings: the pair has more features than its values have dimensions.
+    ``ratio`` is that of the L1 objectives; below 1 the layers share features. What is recovered is told from decoders,
+    which loadings follow from: a pair may have more features than its values have dimensions.
     """
     cache, truth = _planted(layers, work)
     sparsity = L1(coefficient=coefficient, start_l0=2 * layers.l0)

@@ -6,7 +6,8 @@ Every true feature is matched with one found feature, none twice, so that the su
 algorithm). The similarity is the *smallest* of three cosines, those of encoders, decoders and loadings: a feature is
 recovered when all of it is. Decoder and loadings may both be turned round, which changes nothing. Where more features
 lie in a space than it has dimensions, the best encoder of one is turned away from its neighbours and need not be the
-planted row: there decoders and loadings alone are compared. Design choices, for the toy model of attention
+planted row: there encoders are left out. The loadings of a value SAE are the norms of parts of its decoder, so there
+the decoder alone decides. Design choices, for the toy model of attention
 superposition of the January 2024 update.
 """
 
@@ -115,7 +116,7 @@ def found_values(module: Any) -> FeatureSet:
 def recovery(planted: Planted, found: FeatureSet, live: Bool[Tensor, " F"], *, by_encoders: bool = True) -> Recovery:
     """Match the ``live`` ones among ``found`` with what was planted, and score them.
 
-    Without ``by_encoders`` decoders and loadings alone decide what matches and what is recovered.
+    Without ``by_encoders`` encoders have no say in what matches and what is recovered.
     ValueError where the widths of the two do not fit, or nothing was planted.
     """
     for name, a, b in zip(FeatureSet._fields, planted.features, found, strict=True):

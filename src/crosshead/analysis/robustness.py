@@ -22,7 +22,7 @@ __all__ = [
 SETTINGS = 18
 """Three starts, three learning rates, two lengths."""
 SETTINGS_OF_ONE_START = 6
-"""Of architectures that have one start only."""
+"""Three learning rates, two lengths: of what has one start only."""
 
 
 class _Key(NamedTuple):
@@ -113,7 +113,7 @@ def unsettled(verdict: Verdict, robustness: Record | None, n_settings: int) -> D
 
 
 def unsettled_where(held: Sequence[bool], n_settings: int) -> Decision | None:
-    """``unsettled`` for what is told of one setting at a time: whether the verdict ``held`` at each."""
+    """``unsettled`` where each setting is judged by itself: whether the verdict ``held`` there, measured or not."""
     if len(held) < n_settings:
         return _too_few_settings(len(held), n_settings)
     if not all(held):
@@ -126,17 +126,22 @@ def _too_few_settings(n: int, wanted: int) -> Decision:
 
 
 def meaning_at_settings(metrics: Record, *series: str) -> list[tuple[Record, ...]]:
-    """What the features of one or two architectures mean, setting by setting: a record of each where all have one.
+    """What the features of one or two architectures mean at every setting at which all were described.
 
-    Read from the runs of ``<series>-settings``. An architecture that has one start only stands at every start of the
-    other. Empty where nothing was described.
+    One tuple a setting, with a record per architecture, read from the runs of ``<series>-settings``. An architecture
+    that has one start only stands at every start of the other. Empty where nothing was described. ValueError where two
+    runs of a series are described at one setting.
     """
     rows = {row["run"]: row for row in metrics["frontier"]}
     names = [f"{name}-settings" for name in series]
     sides: list[Sides] = [{} for _ in series]
     for run, found in ((metrics["meaning"] or {}).get("settings") or {}).items():
         if run in rows and rows[run]["series"] in names:
-            sides[names.index(rows[run]["series"])].setdefault(_key(rows[run]), []).append(found | {"run": run})
+            own, key = sides[names.index(rows[run]["series"])], _key(rows[run])
+            if key in own:
+                raise ValueError(f"meaning.settings names two runs of {rows[run]['series']} with start {key.start}, "
+                                 f"rate {key.learning_rate:g} and {key.steps} steps; take {run} out")  # fmt: skip
+            own[key] = [found]
     if len(sides) == 2:
         sides = list(_at_every_start(*sides))
     shared = set.intersection(*(set(side) for side in sides))

@@ -104,6 +104,8 @@ _PLANTED_LAYERS = (
     Column("objective ratio", "ratio", "{:.3f}"),
     Column("sharing found", "found"),
     Column("features recovered", "share_recovered", "{:.1%}"),
+    Column("median cosine of encoders", "cosine_encoder", "{:.2f}"),
+    Column("of decoders", "cosine_decoder", "{:.3f}"),
 )
 _TOYS = (
     Column("trained toy", "toy"),

@@ -50,7 +50,7 @@ def _attention_output(metrics: Record, config: Any) -> Finding | None:
         verdict=verdict,
         rule=f"Supports when both kinds are found at {SEEDS_TO_DECIDE} seeds or more, {COHERENT_LIFT:g} times as often as "
         f"expected, and at all of {SETTINGS_OF_ONE_START} settings of learning rate and length; contradicts when neither is "
-        "at any.",
+        "at any seed or setting.",
         reason=reason,
         picture="attention_output_frontier.png",
         commands=commands(metrics, "meaning", "report"),
@@ -81,7 +81,9 @@ def decide_labels(labels: Sequence[tuple[int, Record]], settings: Sequence[Recor
         )
     if not any(any(each) for each in found.values()):
         held = [not any(_many(own, label) for label in _WANTED) for own in settings]
-        return unsettled_where(held, SETTINGS_OF_ONE_START) or Decision("contradicts", "neither kind at any seed")
+        return unsettled_where(held, SETTINGS_OF_ONE_START) or Decision(
+            "contradicts", "neither kind at any seed or setting"
+        )
     return Decision(
         "inconclusive", "; ".join(f"{label} at {sum(each)} of {len(each)}" for label, each in found.items())
     )
@@ -94,11 +96,8 @@ def _many(labels: Record, name: str) -> bool:
 def _label_settings(settings: Sequence[Record]) -> str:
     found = {label: [own[label]["count"] for own in settings if label in own] for label in _WANTED}
     listed = ", ".join(f"{min(each)} to {max(each)} {label} features" for label, each in found.items() if each)
-    return (
-        f" Over {len(settings)} settings of learning rate and length, one sparsity and seed: {listed}."
-        if listed
-        else ""
-    )
+    where = f"{len(settings)} settings of learning rate and length at one sparsity and seed"
+    return f" Over {where}: {listed}." if listed else ""
 
 
 def _induction_heads(metrics: Record, config: Any) -> Finding | None:
@@ -120,7 +119,7 @@ def _induction_heads(metrics: Record, config: Any) -> Finding | None:
         verdict=verdict,
         rule=f"Supports when the interval of the share over induction features (ten or more) lies above the share of all "
         f"features at {SEEDS_TO_DECIDE} seeds or more and at all of {SETTINGS} settings of start, learning rate and length, "
-        "contradicts when below at every one. Features are called induction "
+        "contradicts when below at every one of either. Features are called induction "
         "features by the places they move from, through the same heads, so this is a check of consistency.",
         reason=reason,
         picture=None,
@@ -142,7 +141,9 @@ def decide_heads(shares: Sequence[tuple[int, Record]], settings: Sequence[Record
         )
     if all(_side(s) == -1 for _, s in known):
         held = [s is not None and _side(s) == -1 for s in settings]
-        return unsettled_where(held, SETTINGS) or Decision("contradicts", "the whole interval lies below at every seed")
+        return unsettled_where(held, SETTINGS) or Decision(
+            "contradicts", "the whole interval lies below at every seed and setting"
+        )
     return Decision("inconclusive", f"the whole interval lies above at {sum(above)} of {len(above)} seeds")
 
 
@@ -158,7 +159,7 @@ def _head_settings(settings: Sequence[Record | None]) -> str:
     found = [s["share_on_survey_heads"] for s in settings if s is not None and s["share_on_survey_heads"] is not None]
     if not found:
         return ""
-    return (f" Over {len(settings)} settings of start, learning rate and length, one sparsity and seed: {min(found):.0%} to "
+    return (f" Over {len(found)} settings of start, learning rate and length at one sparsity and seed: {min(found):.0%} to "
             f"{max(found):.0%}.")  # fmt: skip
 
 

@@ -72,7 +72,7 @@ def _semantic(metrics: Record, config: Any) -> Finding | None:
         rule="Labels of position (induction among them) follow from the loadings that are clustered, so labels of content "
         f"decide. Supports when every MTC of {SEEDS_TO_DECIDE} seeds or more has at least {COHERENT_LIFT:g} times the pairs "
         f"that shuffled labels give (counting at least one), and at all of {SETTINGS} settings of start, learning rate and "
-        "length; contradicts when none has.",
+        "length; contradicts when none has, at any seed or setting.",
         reason=reason,
         picture=None,
         commands=commands(metrics, "meaning", "report"),
@@ -94,7 +94,7 @@ def decide_semantic(summaries: Sequence[tuple[int, Record]], settings: Sequence[
         return why
     if all(enough):
         return Decision("supports", "many more enriched clusters than shuffled labels give, at every seed and setting")
-    return Decision("contradicts", f"enough at none of {len(enough)}")
+    return Decision("contradicts", f"enough at none of {len(enough)} seeds and at no setting")
 
 
 def _enough(summary: Record) -> bool:
@@ -105,7 +105,7 @@ def _semantic_settings(settings: Sequence[Record | None]) -> str:
     pairs = [s["content_discoveries"] for s in settings if s is not None]
     if not pairs:
         return ""
-    return (f" Over {len(settings)} settings of start, learning rate and length, one sparsity and seed: {min(pairs)} to "
+    return (f" Over {len(pairs)} settings of start, learning rate and length at one sparsity and seed: {min(pairs)} to "
             f"{max(pairs)} pairs of content.")  # fmt: skip
 
 
@@ -143,8 +143,8 @@ def _dimensions(metrics: Record, config: Any) -> Finding | None:
         f"chance gives {0.05 * len(own):.1f}.",
         verdict=verdict,
         rule=f"Contradicts when one mode is rejected at 5% (Bonferroni over dictionaries) at {SEEDS_TO_DECIDE} seeds or "
-        f"more; supports when it is rejected at none of as many and each test has a power of {_POWER:.0%}; either at all of "
-        f"{SETTINGS} settings of start, learning rate and length as well.",
+        f"more; supports when it is rejected at none of as many and each test has a power of {_POWER:.0%}. Either must hold "
+        f"at all of {SETTINGS} settings of start, learning rate and length as well (5% over all of them, no power asked).",
         reason=reason,
         picture="ov_dimensions.png",
         commands=commands(metrics, "meaning", "report"),
@@ -168,8 +168,8 @@ def _dimension_settings(settings: Sequence[Record | None]) -> str:
     found = [test["p_value"] for test in settings if test is not None]
     if not found:
         return ""
-    return (f" Over {len(settings)} settings of start, learning rate and length, one sparsity and seed: p {min(found):.2f} "
-            f"at least.")  # fmt: skip
+    return (f" Over {len(found)} settings of start, learning rate and length at one sparsity and seed: p {min(found):.4f} to "
+            f"{max(found):.4f}, the bar {0.05 / len(settings):.4f}.")  # fmt: skip
 
 
 def _one_mode(tests: Sequence[tuple[int, Record]]) -> Decision:
@@ -177,13 +177,13 @@ def _one_mode(tests: Sequence[tuple[int, Record]]) -> Decision:
         return few
     rejected = [test["p_value"] < 0.05 / len(tests) for _, test in tests]
     if all(rejected):
-        return Decision("contradicts", "one mode is rejected at every seed")
+        return Decision("contradicts", "one mode is rejected at every seed and setting")
     if any(rejected):
         return Decision("inconclusive", f"one mode is rejected in {sum(rejected)} of {len(tests)}")
     weakest = min(test["power"] for _, test in tests)
     if weakest < _POWER:
         return Decision("inconclusive", f"the test would see two modes in {weakest:.0%} of samples only")
-    return Decision("supports", "one mode is rejected nowhere, with power to see two")
+    return Decision("supports", "one mode is rejected at no seed or setting, with power to see two")
 
 
 # ---- power laws ----

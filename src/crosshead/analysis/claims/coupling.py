@@ -123,12 +123,13 @@ def _interpretability(metrics: Record, config: Any) -> Finding | None:
         title="QK/OV coupling, interpretability",
         claim="SAE features moved through a single-head MTC decoder attend more broadly or are more polysemantic than the "
         "features of a Top-1 MTC.",
-        figure=f"{meaning_text(joint)}.{_matched_text(metrics, config.top1, config.joint_top1)}",
-        control=f"{meaning_text(top1)}.{settings_text(settings)}",
+        figure=f"{meaning_text(joint)}.{_matched_text(metrics, config.top1, config.joint_top1)}"
+        f"{settings_text(settings, config.top1, config.joint_top1)}",
+        control=f"{meaning_text(top1)}.",
         verdict=verdict,
         rule="Supports when the joint model's features are less predictable from two tokens on both sides at three seeds or "
         f"more and, by medians, at all of {SETTINGS} settings of start (the Top-1 MTC's), learning rate and length; "
-        "contradicts when more on both.",
+        "contradicts when more on both, likewise.",
         reason=reason,
         picture=None,
         commands=commands(metrics, "meaning", "report"),

@@ -33,13 +33,13 @@ def _top1_interpretability(metrics: Record, config: Any) -> Finding | None:
         key="top1-interpretability",
         title="Single heads and interpretability",
         claim="Restricting MTC features to a single head makes them less interpretable.",
-        figure=f"{meaning_text(mtc)}.{settings_text(settings)}",
+        figure=f"{meaning_text(mtc)}.{settings_text(settings, config.mtc, config.top1)}",
         control=f"{meaning_text(top1)}.",
         verdict=verdict,
         rule="Interpretability as numbers: the share of the bits of a feature's firing, where it moves from and where it "
         "moves to, that two tokens explain on held-out contexts, and breadth of attention. Supports when Top-1 is less "
         f"predictable on both sides at {SEEDS_TO_DECIDE} seeds or more and, by medians, at all of {SETTINGS} settings of "
-        "start, learning rate and length; contradicts when more on both. Breadth is reported beside it.",
+        "start, learning rate and length; contradicts when more on both, likewise. Breadth is reported beside it.",
         reason=reason,
         picture=None,
         commands=commands(metrics, "meaning", "report"),
@@ -96,13 +96,14 @@ def _more_predictable(first: Record, second: Record) -> int:
     return 0 if len(above) > 1 or equal else 1 if above.pop() else -1
 
 
-def settings_text(settings: Sequence[tuple[Record, ...]]) -> str:
-    """How often the first of a pair is the more predictable one, as a sentence; empty where none were tried."""
+def settings_text(settings: Sequence[tuple[Record, ...]], first_name: str, second_name: str) -> str:
+    """At how many settings which of a pair is the more predictable one; empty where none were tried."""
     if not settings:
         return ""
     sides = [_more_predictable(first, second) for first, second in settings]
-    return (f" At {len(settings)} settings of start, learning rate and length, one sparsity and seed: "
-            f"{sides.count(1)} times more predictable on both sides, {sides.count(-1)} times less.")  # fmt: skip
+    return (f" Over {len(settings)} settings of start, learning rate and length at one sparsity and seed, by medians: features "
+            f"of {first_name} are more predictable on both sides at {sides.count(1)}, those of {second_name} at "
+            f"{sides.count(-1)}.")  # fmt: skip
 
 
 def _at_every_seed(pairs: Sequence[tuple[Record, Record]]) -> Decision:
@@ -114,8 +115,8 @@ def _at_every_seed(pairs: Sequence[tuple[Record, Record]]) -> Decision:
     sides = [separated(second["predictability"][side]["bits"], first["predictability"][side]["bits"])
              for first, second in pairs for side in ("from", "to")]  # fmt: skip
     if sides and all(side == -1 for side in sides):
-        return Decision("supports", "less predictable on both sides at every seed")
+        return Decision("supports", "less predictable on both sides at every seed and setting")
     if sides and all(side == 1 for side in sides):
-        return Decision("contradicts", "more predictable on both sides at every seed")
+        return Decision("contradicts", "more predictable on both sides at every seed and setting")
     return Decision("inconclusive", f"separated in {sum(side != 0 for side in sides)} of {len(sides)} comparisons, not all "
                     "in one direction")  # fmt: skip

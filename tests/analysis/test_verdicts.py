@@ -411,13 +411,21 @@ DESCRIBED = ("mtc", "top1", "joint-top1", "attn-out-sae")
 
 def described() -> dict[str, Any]:
     """Metrics of three seeds whose features mean clear things, at every setting of their training as well."""
-    metrics = collect(**documents((0, 1, 2)), **evidence(), profile="test", config=CONFIG, inputs={})
-    meaning, rows = metrics["meaning"], metrics["frontier"]
-    rows += [record("joint-top1", 60, 0.2, seed) for seed in (0, 1, 2)]
+    settings = {
+        (name, f"{name}-{start}-{rate:g}-{steps}"): {"start": start, "learning_rate": rate, "steps": steps}
+        for name in DESCRIBED
+        for start in (STARTS if name in ("mtc", "top1") else (None,))
+        for rate, steps in product(RATES, LENGTHS)
+    }
+    given = documents((0, 1, 2))
+    given["records"] += [record("joint-top1", 60, 0.2, seed) for seed in (0, 1, 2)]
+    given["records"] += [record(f"{name}-settings", 60, 0.2, **own, run=run) for (name, run), own in settings.items()]
+    metrics = collect(**given, **evidence(), profile="test", config=CONFIG, inputs={})
+    meaning = metrics["meaning"]
+    labels = {name: {"count": 9, "expected": 0.5} for name in ("induction", "succession")}
     read = {key: value for key, value in meaning["runs"]["mtc-60"].items() if key != "examples"}
-    read["labels"] = {name: {"count": 9, "expected": 0.5} for name in ("induction", "succession")}
     bits = {"mtc": (0.5, 0.6), "top1": (0.3, 0.4), "joint-top1": (0.1, 0.2), "attn-out-sae": (0.1, 0.2)}
-    of = {name: read | meant(*bits[name], 0) | {"labels": read["labels"]} for name in DESCRIBED}
+    of = {name: read | meant(*bits[name], 0) | {"labels": labels} for name in DESCRIBED}
     summary = {"content_discoveries": 9, "content_expected_under_shuffle": 0.1, "discoveries": 9,
                "expected_under_shuffle": 0.1}  # fmt: skip
     test = {"dip": 0.1, "p_value": 0.4, "n": 16}
@@ -425,14 +433,8 @@ def described() -> dict[str, Any]:
     meaning["runs"] = {f"{name}-60{end}": of[name] | {"examples": []} for name in DESCRIBED for end in ends}
     meaning["enrichment_summary"] = {f"mtc-60{end}": summary for end in ends}
     meaning["modality"] = {f"mtc-60{end}": {"ov_dimension": test | {"power": 0.9}} for end in ends}
-    meaning["settings"] = {}
-    for name in DESCRIBED:
-        for start in STARTS if name in ("mtc", "top1") else (None,):
-            for rate, steps in product(RATES, LENGTHS):
-                row = record(f"{name}-settings", 60, 0.2, start=start, learning_rate=rate, steps=steps)
-                rows.append(row | {"run": f"{name}-{start}-{rate:g}-{steps}"})
-                clusters = {"enrichment_summary": summary, "modality": {"ov_dimension": test}}
-                meaning["settings"][rows[-1]["run"]] = of[name] | clusters
+    clusters = {"enrichment_summary": summary, "modality": {"ov_dimension": test}}
+    meaning["settings"] = {run: of[name] | clusters for name, run in settings}
     return metrics
 
 

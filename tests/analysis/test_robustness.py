@@ -159,6 +159,8 @@ def test_meaning_at_settings_is_paired_setting_by_setting():
     twice = rows[0] | {"run": "another", "seed": 1}
     metrics["frontier"].append(twice)
     metrics["meaning"]["settings"]["another"] = {}
-    with pytest.raises(ValueError, match=r"names two runs of mtc-settings with start energy, rate 0\.001 and 500 steps"):
+    with pytest.raises(
+        ValueError, match=r"names two runs of mtc-settings with start energy, rate 0\.001 and 500 steps"
+    ):
         meaning_at_settings(metrics, "mtc")
     assert meaning_at_settings(metrics, "absent") == []

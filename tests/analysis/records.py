@@ -217,3 +217,9 @@ def attention_evidence() -> dict[str, Any]:
             "description_lengths": [{"run": "arl-wide-30", "architecture": "replacement", "features": 64} | length],
         },
     }  # fmt: skip
+
+
+def meant(low: float, high: float, seed: int) -> dict[str, Any]:
+    """What a dictionary's features mean, with an interval of the bits that two tokens explain."""
+    side = {"bits": {"median": (low + high) / 2, "interval": [low, high], "shuffled": 0.01}, "n_features": 9}
+    return {"seed": seed, "predictability": {"from": side, "to": side}, "breadth": None, "n_live": 9}

@@ -56,9 +56,11 @@ def report(stage: Stage) -> None:
 
 
 def _nulls(stage: Stage) -> dict[str, Any]:
-    """The one-head null, its runs in the order in which the parameters name them."""
+    """The one-head null, its runs in the order in which the parameters name them; those at other settings apart."""
     rows = [read_json(stage.data / "nulls" / f"{run}.json") for run in stage.sections["nulls"]["runs"]]
-    return null_record(read_json(stage.data / "null_target" / "target.json"), rows)
+    settings = [row for row in rows if row["series"].endswith("-settings")]
+    record = null_record(read_json(stage.data / "null_target" / "target.json"), [r for r in rows if r not in settings])
+    return record | {"settings": settings}
 
 
 def draw(metrics: dict[str, Any], records: list[Any], clusters: Any, config: ReportConfig, directory: Path) -> None:

@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 from scipy.stats import hypergeom
 
+from crosshead.analysis.cluster_meaning import _modality
 from crosshead.analysis.enrichment import (
     EnrichmentConfig,
     effective_ranks,
@@ -10,6 +11,7 @@ from crosshead.analysis.enrichment import (
     shuffled_discoveries,
     size_correlation,
 )
+from crosshead.maths.unimodality import unimodality
 
 CONFIG = EnrichmentConfig(shuffles=40)
 
@@ -27,7 +29,7 @@ def planted(seed: int = 0):
 
 def test_p_values_are_hypergeometric_tails_and_q_values_those_of_benjamini_and_hochberg():
     labels, clusters = planted()
-    records = enrichment(labels, ("a", "b", "never"), clusters)
+    records = enrichment(labels, np.ones_like(labels), ("a", "b", "never"), clusters)
     assert {record["label"] for record in records} == {"a", "b"}
     first = next(r for r in records if (r["cluster"], r["label"]) == (0, "a"))
     assert (first["n"], first["size"], first["expected"]) == (30, 40, pytest.approx(3.5))
@@ -40,16 +42,42 @@ def test_p_values_are_hypergeometric_tails_and_q_values_those_of_benjamini_and_h
 
 def test_the_planted_cluster_is_discovered_and_shuffled_labels_are_not():
     labels, clusters = planted()
-    found = {(r["cluster"], r["label"]) for r in enrichment(labels, ("a", "b", "never"), clusters)
+    found = {(r["cluster"], r["label"]) for r in enrichment(labels, np.ones_like(labels), ("a", "b", "never"), clusters)
              if r["q_value"] <= 0.05}  # fmt: skip
     assert found == {(0, "a")}
-    assert shuffled_discoveries(labels, clusters, CONFIG) < 0.3
+    assert shuffled_discoveries(labels, np.ones_like(labels), clusters, CONFIG) < 0.3
+
+
+def test_clusters_of_few_features_are_no_mode_of_ov_dimensions():
+    """Of one feature rank and random rank are both 1: their ties at zero would be a mode of their own."""
+    spread = np.exp(np.random.default_rng(0).normal(-0.25, 0.15, 24))
+    records = [{"size": 20, "effective_rank": 5.0 * ratio, "random_mean": 5.0} for ratio in spread]
+    alone = [{"size": 1, "effective_rank": 1.0, "random_mean": 1.0}] * 10
+    vectors = np.random.default_rng(0).normal(size=(50, 3))
+    found, plain = (_modality(vectors, some, 200, 0, brief=True)["ov_dimension"] for some in (records + alone, records))
+    assert found == plain
+    assert found["n"] == 24
+    assert found["p_value"] > 0.05
+    assert unimodality(np.log(np.concatenate([spread, np.ones(10)])), 200, 0).p_value < 0.05
 
 
 def test_no_labels_no_records():
     clusters = np.repeat(np.arange(4), 10)
-    assert enrichment(np.zeros((40, 2), dtype=bool), ("a", "b"), clusters) == []
-    assert shuffled_discoveries(np.zeros((40, 2), dtype=bool), clusters, CONFIG) == 0.0
+    none, every = np.zeros((40, 2), dtype=bool), np.ones((40, 2), dtype=bool)
+    assert enrichment(none, every, ("a", "b"), clusters) == []
+    assert shuffled_discoveries(none, every, clusters, CONFIG) == 0.0
+
+
+def test_a_cluster_whose_features_are_active_often_enough_is_not_enriched_for_that():
+    """Cluster 0 alone can be measured much; half of what can be measured has the label, in every cluster."""
+    clusters = np.repeat(np.arange(10), 40)
+    measured = (np.arange(400) % 40 < np.where(clusters == 0, 40, 4))[:, None]
+    labels = measured & (np.arange(400) % 2 == 0)[:, None]
+    assert min(r["q_value"] for r in enrichment(labels, np.ones_like(labels), ("a",), clusters)) < 1e-6
+    records = enrichment(labels, measured, ("a",), clusters)
+    assert min(r["q_value"] for r in records) > 0.5
+    assert [(r["n"], r["size"], r["expected"]) for r in records[:2]] == [(20, 40, 20.0), (2, 4, 2.0)]
+    assert shuffled_discoveries(labels, measured, clusters, CONFIG) < 0.3
 
 
 def test_planted_clusters_have_their_dimension_and_random_sets_have_more():

@@ -1,3 +1,6 @@
+from types import SimpleNamespace
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -9,9 +12,10 @@ from crosshead.analysis.labels import (
     domain_evidence,
     label_features,
     pair_evidence,
+    source_evidence,
     succession_evidence,
 )
-from crosshead.analysis.moved import moved
+from crosshead.analysis.moved import Entries, moved
 from crosshead.analysis.movers import mover_of
 from crosshead.dictionaries.base import Batch, Site
 from tests.analysis.test_evaluation import ready
@@ -86,6 +90,23 @@ def test_thresholds_are_on_the_share_above_chance():
     labels = label_features({"delimiter": evidence}, np.ones(4, dtype=bool), LabelConfig(delimiter=0.6))
     assert labels.of("delimiter").tolist() == [True, False, True, False]
     assert labels.of("succession").tolist() == [False] * 4
+
+
+def test_a_head_that_looks_at_delimiters_makes_no_feature_a_feature_of_delimiters():
+    """Feature 0 fires everywhere alike, on a head that takes nearly all from delimiters, feature 1 on delimiters."""
+    delimiter = np.tile(np.arange(20) % 4 == 1, (2, 1))
+    context, anchor = np.nonzero(np.ones_like(delimiter))
+    on = delimiter[context, anchor]
+    value = torch.tensor(np.concatenate([np.full(40, 2.0), np.ones(on.sum())]))
+    mass = value * torch.tensor(np.concatenate([1.0 + 50 * on, np.ones(on.sum())]))
+    places = (torch.tensor(np.concatenate([part, part[on]])) for part in (context, anchor))
+    entries = Entries(*places, torch.tensor([0] * 40 + [1] * int(on.sum())), value, mass, value, value)
+    found: Any = SimpleNamespace(entries=entries, firings=torch.tensor([40, 10]))
+    evidence = source_evidence(found, delimiter, CONFIG, seed=0)
+    assert evidence.share.tolist() == [0.25, 1.0]
+    labels = label_features({"delimiter": evidence}, np.ones(2, dtype=bool), CONFIG)
+    assert labels.of("delimiter").tolist() == [False, True]
+    assert labels.measured().tolist() == [[True], [True]]
 
 
 class _Masses:

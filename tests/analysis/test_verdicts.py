@@ -1,5 +1,7 @@
 """Every rule is met once and flipped once by the number it hangs on."""
 
+from typing import Any
+
 import pytest
 
 from crosshead.analysis.claims.attention_output import decide_heads, decide_labels
@@ -124,11 +126,34 @@ def test_layers_need_a_gap_that_beats_every_control():
     assert "holds at 0 of 6" in of_layers(ratio(0.85, 0.9, objective=gap), settings=1.01).reason
     assert "not below control (i)" in of_layers(ratio(0.85, 0.9, objective=gap), plain_settings=0.89).reason
     assert "not below control (i)" in of_layers(ratio(0.85, 0.9, objective=gap), plain_settings=None).reason
-    assert of_layers(ratio(1.1, 1.2, objective=gap)).verdict == "contradicts"
+    assert of_layers(ratio(1.1, 1.2, objective=gap), settings=1.1).verdict == "contradicts"
+    assert of_layers(ratio(1.1, 1.2, objective=gap)).reason.startswith("holds at 0 of 6 settings")
     far = of_layers(ratio(1.1, 1.2, objective=gap), other_contexts=ratio(0.8, 0.9, objective=at(1.05)))
     assert "where no gap may remain" in far.reason
     coarse = ratio(0.92, 0.95, objective=at(0.95)) | {"own": ratio(0.93, 0.96, objective=gap)}
     assert "(iii)" in of_layers(ratio(0.85, 0.9, objective=gap), shared_input=coarse).reason, "at equal coefficients"
+
+
+def test_a_gap_that_a_shared_input_gives_as_well_is_called_so_whatever_else_is_missing():
+    lone = ratio(0.85, 0.93, n_seeds=1, objective=at(0.9))
+    assert of_layers(lone).reason == (
+        "1 seed; the rule asks for 3; the gap does not beat control (iii): shared input"
+    )  # fmt: skip
+    assert "shared input" not in of_layers(ratio(0.85, 0.9, n_seeds=1, objective=at(0.9))).reason
+    assert "shared input" not in of_layers(ratio(1.01, 1.1, n_seeds=1, objective=at(1.1))).reason, "no gap at all"
+
+
+def test_control_ii_must_be_known_to_match():
+    controls = {
+        "other contexts": ratio(0.8, 0.9, objective=at(1.0)),
+        "matched tokens": ratio(0.97, 0.99, objective=at(0.97)),
+        "shared input": ratio(0.92, 0.95, objective=at(0.95)),
+    }
+    for matched in ([], [{"control_detail": None}]):
+        found = decide_layers(
+            ratio(0.85, 0.9, objective=at(0.9)), controls, matched, at_settings(0.9), at_settings(0.99)
+        )
+        assert "not known" in found.reason
 
 
 def test_a_gap_at_one_coefficient_does_not_make_up_for_another():
@@ -225,16 +250,25 @@ def fits(sources, p_value: float, kind: str = ""):
             for source in sources for k in (64, 128, 256)]  # fmt: skip
 
 
+_NO_FIT = {"alpha": None, "p_value": None}
+_BEATEN = {"likelihood_ratios": {"lognormal": {"ratio": -4.0, "p_value": 0.01}}}
+
+
 def power_law(
     data: float, null: float, bootstraps: int = 1000, seeds=(0, 1, 2), kinds=("shuffled", "gaussian", "sphere"),
-    unlucky: int = 0,
+    unlucky: int = 0, each: Any = None, of_sphere: Any = None,
 ):  # fmt: skip
-    """The verdict with p-values of ``data`` (three fits a k and source, ``unlucky`` of all less) and of ``null``."""
+    """The verdict with p-values of ``data`` (three fits a k and source, ``unlucky`` of all less) and of ``null``.
+
+    ``each`` changes all fits of the data, ``of_sphere`` those of one kind of null.
+    """
     sources = [f"mtc-{seed}" for seed in seeds]
     metrics = {"frontier": [{"run": f"mtc-{seed}", "seed": seed} for seed in seeds], "cluster_bootstraps": bootstraps}
     nulls = [fit for kind in kinds for fit in fits(sources, null, f"/{kind}")]
     of_data = [fit for _ in range(3) for fit in fits(sources, data)]
     of_data[:unlucky] = [fit | {"p_value": 0.01} for fit in of_data[:unlucky]]
+    of_data = [fit | (each or {}) for fit in of_data]
+    nulls = [fit | (of_sphere or {}) if fit["source"].endswith("/sphere") else fit for fit in nulls]
     return decide_power_law(metrics, sources, of_data, nulls).verdict
 
 
@@ -247,6 +281,12 @@ def test_a_power_law_needs_data_that_pass_and_nulls_that_do_not():
     assert power_law(0.5, 0.01, bootstraps=100) == "inconclusive"
     assert power_law(0.5, 0.01, seeds=(0, 1)) == "inconclusive"
     assert power_law(0.5, 0.01, kinds=("shuffled", "gaussian")) == "inconclusive"
+    assert power_law(0.5, 0.01, each=_BEATEN) == "contradicts", "a rival fits better"
+    assert power_law(0.5, 0.5, of_sphere=_BEATEN) == "inconclusive"
+    assert power_law(0.5, 0.01, of_sphere=_BEATEN) == "supports"
+    assert power_law(0.5, 0.01, of_sphere=_NO_FIT) == "inconclusive", "a null without a fit is not ruled out"
+    assert power_law(0.5, 0.01, each=_NO_FIT) == "inconclusive", "no fit at any k"
+    assert power_law(0.5, 0.01, each={"k": 64}) == "inconclusive", "one k"
 
 
 def planted_rows(mtc=0.98, top1=0.1, superposed=True, seeds=(0, 1, 2), alone=None, toy_l0=1.0):
@@ -273,6 +313,12 @@ def test_instruments_must_find_what_was_planted_and_call_it_what_it_is():
     assert decide_planted(planted_rows(superposed=False)).verdict == "inconclusive"
     assert decide_planted(planted_rows(mtc=0.3)).verdict == "contradicts"
     assert decide_planted(planted_rows(seeds=(0,))).verdict == "inconclusive"
+    pairs = [row | ({"found": True} if row["question"] == "shared_layers" else {}) for row in planted_rows()]
+    assert decide_planted(pairs).verdict == "inconclusive", "structure found where rows come from other contexts"
+    wrong = [
+        row | ({"superposed": False} if row["question"] == "toys" else {}) for row in planted_rows(superposed=False)
+    ]
+    assert decide_planted(wrong).verdict == "contradicts", "most calls are wrong"
 
 
 def test_attention_output_needs_both_kinds_and_induction_features_their_heads():
@@ -303,6 +349,7 @@ def test_attention_output_needs_both_kinds_and_induction_features_their_heads():
         "the whole interval lies below at every seed and setting",
     )
     assert decide_heads(shares(0.9, None, None), above).verdict == "inconclusive"
+    assert decide_heads(shares(0.9, 0.8, 0.7, None), above).verdict == "inconclusive", "a seed with too few features"
     for settings in (above[:17], [*above[:17], below[0]], [*above[:17], shares(None)[0][1]], [*above[:17], None]):
         assert decide_heads(shares(0.9, 0.8, 0.7), settings).verdict == "inconclusive"
     assert decide_heads(shares(0.1, 0.2, 0.3), [*below[:17], above[0]]).verdict == "inconclusive"
@@ -321,10 +368,13 @@ def test_matched_features_are_told_in_words_of_the_two_runs():
 
 def heads(
     null: float | None, spread: float = 2.0, dose=(1.2, 1.1, 1.05), denser: float | None = None,
-    longer: float | None = None,
+    longer: float | None = None, exception: tuple[str, int] | None = None, null_seeds=(0, 1, 2), settings=18,
+    at_settings: float | None = None,
 ):  # fmt: skip
     """The verdict on heads per feature; ``dose``: errors with 1, 2 and 4 movers over that with all, ``denser``: that
-    with all at a second sparsity, over the same, ``longer`` the same again where all were trained longer."""
+    with all at a second sparsity, over the same, ``longer`` the same again where all were trained longer. ``exception``
+    is a series and seed whose features have one head each; ``at_settings`` the null's heads per feature at the last of
+    ``settings``."""
     arguments, norms = documents((0, 1, 2)), ("mtc", "mtc-penalty-l1", "mtc-penalty-l2")
     rows = [r for r in arguments["records"] if r["series"] not in ("heads2", "heads4", "top1", "mtc")]
     for seed in (0, 1, 2):
@@ -341,11 +391,19 @@ def heads(
                      ]  # fmt: skip
     for row in rows:
         if row["evaluation"]["superposition"] is not None and row["series"] in norms:
-            row["evaluation"]["superposition"] |= {"participation_ratio_mean": spread}
-    planted = [{"series": name, "k": 60, "participation_ratio_mean": null, "heads_per_feature": "all"}
-               for name in norms]  # fmt: skip
+            own = 1.0 if (row["series"], row["seed"]) == exception else spread
+            row["evaluation"]["superposition"] |= {"participation_ratio_mean": own}
+    planted = [{"series": name, "k": 60, "seed": seed, "participation_ratio_mean": null, "heads_per_feature": "all"}
+               for name in norms for seed in null_seeds]  # fmt: skip
+    others = [record("mtc-settings", 60, 0.1, run=f"setting{i}", learning_rate=float(i)) for i in range(settings)]
+    for row in others:
+        row["evaluation"]["superposition"] |= {"participation_ratio_mean": spread}
+    rows += others
+    alike = [{"run": row["run"], "participation_ratio_mean": null} for row in others]
+    if at_settings is not None:
+        alike[-1]["participation_ratio_mean"] = at_settings
     nulls = None if null is None else {"teacher": "t", "teacher_normalised_mse": 0.1, "noise_share": 0.1,
-                                       "comparisons": {}, "rows": planted}  # fmt: skip
+                                       "comparisons": {}, "rows": planted, "settings": alike}  # fmt: skip
     arguments |= {"records": rows, "nulls": nulls}
     metrics = collect(**arguments, profile="test", config=CONFIG, inputs={})
     return next(f.verdict for f in judge(metrics, CONFIG) if f.key == "heads-per-feature")
@@ -361,6 +419,13 @@ def test_heads_per_feature_must_exceed_the_nulls_and_the_dose_response_fall():
     assert heads(1.3, denser=1.08) == "inconclusive"
     assert heads(1.3, denser=1.08, longer=1.0) == "supports", "an MTC behind four movers was trained too short"
     assert heads(1.3, denser=1.0, longer=1.08) == "inconclusive"
+    for series in ("mtc", "mtc-penalty-l1", "mtc-penalty-l2"):
+        assert heads(1.3, exception=(series, 1)) == "inconclusive", "every seed under every norm"
+    assert heads(1.3, null_seeds=(0,)) == "inconclusive", "one seed of the null"
+    assert heads(1.3, settings=17) == "inconclusive"
+    assert heads(1.3, at_settings=2.1) == "inconclusive", "no more than the null trained alike"
+    assert heads(2.5, at_settings=1.9) == "inconclusive", "more than the null at one setting"
+    assert heads(2.5, settings=17) == "inconclusive"
 
 
 def test_the_null_is_told_with_its_planted_noise_and_without():

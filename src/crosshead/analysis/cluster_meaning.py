@@ -27,6 +27,9 @@ __all__ = ["describe_clusters"]
 Record = dict[str, Any]
 Floats = NDArray[np.float64]
 _DRAWS_OF_POWER = 50
+_LEAST_CLUSTER = 4
+"""Features of a cluster whose OV dimension is compared: of one feature rank and random rank are both 1, and many such
+ties would look like a mode."""
 _LEVEL = 0.05 / 3
 """Of the test whose power is measured: 5% over the three dictionaries that the rule asks for (Bonferroni)."""
 
@@ -58,9 +61,10 @@ def describe_clusters(
         return {}
     assigned = cluster_labels(vectors, k, config.seed)
     holds, names = labels.holds[features, :-1], labels.names[:-1]  # without ``none``, which is no meaning
-    records = enrichment(holds, names, assigned)
+    measured = labels.measured()[features]
+    records = enrichment(holds, measured, names, assigned)
     content = [i for i, name in enumerate(names) if name not in POSITIONAL]
-    of_content = enrichment(holds[:, content], [names[i] for i in content], assigned)
+    of_content = enrichment(holds[:, content], measured[:, content], [names[i] for i in content], assigned)
     rows = module.decoder.detach().double().cpu().numpy()[features]
     dimensions = ov_dimensions(rows, _power(module, text)[features], assigned, config)
     skip_trigram = text.skip_trigram_share()
@@ -68,10 +72,12 @@ def describe_clusters(
         "enrichment": [{"k": k} | record for record in records],
         "enrichment_summary": {
             "discoveries": sum(record["q_value"] <= config.false_discovery_rate for record in records),
-            "expected_under_shuffle": shuffled_discoveries(holds, assigned, config),
+            "expected_under_shuffle": shuffled_discoveries(holds, measured, assigned, config),
             "tests": len(records),
             "content_discoveries": sum(record["q_value"] <= config.false_discovery_rate for record in of_content),
-            "content_expected_under_shuffle": shuffled_discoveries(holds[:, content], assigned, config),
+            "content_expected_under_shuffle": shuffled_discoveries(
+                holds[:, content], measured[:, content], assigned, config
+            ),
         },
         "ov_dimensions": [{"k": k} | record for record in dimensions],
         "size_correlations": {
@@ -94,12 +100,14 @@ def _modality(vectors: Floats, dimensions: Sequence[Record], simulations: int, s
     """Dip tests: OV dimension of clusters, and (unless ``brief``) the features' first principal loading coordinate.
 
     The OV dimension is the logarithm of the effective rank over that of random sets as large, because rank grows with
-    size. Its ``power`` (unless ``brief``) is the share of two-mode samples of the same size that the test rejects at 5%
-    over three dictionaries: half of the clusters four times as high as the others, each half spread as widely as the
-    clusters of the real dictionary are around their median, at most by a factor of 1.5.
+    size; clusters of fewer than four features are left out. Its ``power`` (unless ``brief``) is the share of two-mode
+    samples of the same size that the test rejects at 5% over three dictionaries: half of the clusters four times as
+    high as the others, each half spread as widely as the clusters of the real dictionary are around their median, at
+    most by a factor of 1.5.
     """
     ratios = np.array([record["effective_rank"] / record["random_mean"] for record in dimensions
-                       if record["effective_rank"] > 0 and record["random_mean"] > 0])  # fmt: skip
+                       if record["size"] >= _LEAST_CLUSTER and record["effective_rank"] > 0
+                       and record["random_mean"] > 0])  # fmt: skip
     found = {"ov_dimension": np.log(ratios)}
     if not brief:
         centred = vectors - vectors.mean(0)

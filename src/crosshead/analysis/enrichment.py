@@ -2,8 +2,9 @@
 
 Shape legend: n clustered features, L labels, k clusters, D width of a decoder row.
 
-- Enrichment: hypergeometric probability of at least as many features with the label in a cluster of its size; false
-  discovery rate by Benjamini and Hochberg over all clusters and labels of a run. Control: labels dealt anew.
+- Enrichment: hypergeometric probability of at least as many features with the label in a cluster, among the features
+  that are active often enough to carry it (else a cluster of busy features would be enriched); false discovery rate by
+  Benjamini and Hochberg over all clusters and labels of a run. Control: labels dealt anew.
 - OV dimension of a cluster: effective rank of its decoder rows, unit vectors weighted by the power that each feature
   writes: exp of the entropy, and participation ratio, of the squared singular values. Control: random sets of live
   features of the same size.
@@ -46,38 +47,44 @@ class EnrichmentConfig(BaseModel):
     """Random sets of features behind every cluster's expected OV dimension."""
 
 
-def enrichment(labels: Bools, names: Sequence[str], clusters: Clusters) -> list[dict[str, Any]]:
-    """A record ``{cluster, size, label, n, expected, p_value, q_value}`` per cluster and label that occurs at all."""
-    counts, expected, p_values, sizes = _tests(labels, clusters)
+def enrichment(labels: Bools, measured: Bools, names: Sequence[str], clusters: Clusters) -> list[dict[str, Any]]:
+    """A record ``{cluster, size, label, n, expected, p_value, q_value}`` per cluster and label that occurs at all.
+
+    ``measured`` [n, L] says which features could have the label; ``size`` counts those of the cluster.
+    """
+    counts, expected, p_values, sizes = _tests(labels, measured, clusters)
     used = [i for i in range(len(names)) if labels[:, i].any()]
     if not used:
         return []
     q_values = _q_values(p_values[:, used])
     return [
-        {"cluster": c, "size": int(sizes[c]), "label": names[i], "n": int(counts[c, i]),
+        {"cluster": c, "size": int(sizes[c, i]), "label": names[i], "n": int(counts[c, i]),
          "expected": float(expected[c, i]), "p_value": float(p_values[c, i]), "q_value": float(q_values[c, j])}
         for c in range(len(sizes)) for j, i in enumerate(used)
     ]  # fmt: skip
 
 
-def shuffled_discoveries(labels: Bools, clusters: Clusters, config: EnrichmentConfig) -> float:
-    """Mean number of discoveries when the labels are dealt anew to the features, rows kept whole."""
-    used = labels[:, labels.any(0)]
-    if not used.shape[1]:
+def shuffled_discoveries(labels: Bools, measured: Bools, clusters: Clusters, config: EnrichmentConfig) -> float:
+    """Mean number of discoveries when features are dealt anew to the clusters, with all that was measured of them."""
+    used = labels.any(0)
+    if not used.any():
         return 0.0
+    labels, measured = labels[:, used], measured[:, used]
     generator = np.random.default_rng(config.seed)
-    found = [(_q_values(_tests(generator.permutation(used), clusters)[2]) <= config.false_discovery_rate).sum()
-             for _ in range(config.shuffles)]  # fmt: skip
+    found = [
+        (_q_values(_tests(labels, measured, generator.permutation(clusters))[2]) <= config.false_discovery_rate).sum()
+        for _ in range(config.shuffles)
+    ]
     return float(np.mean(found))
 
 
-def _tests(labels: Bools, clusters: Clusters) -> tuple[Floats, Floats, Floats, Clusters]:
-    """Counts [k, L], expected counts, p-values and sizes [k]."""
-    n_features = len(labels)
-    members = clusters == np.arange(clusters.max() + 1)[:, None]
-    counts, sizes, totals = members.astype(float) @ labels, members.sum(1), labels.sum(0)
-    p_values = hypergeom.sf(counts - 1, n_features, totals[None, :], sizes[:, None])
-    return counts, sizes[:, None] * totals / n_features, p_values.clip(0.0, 1.0), sizes
+def _tests(labels: Bools, measured: Bools, clusters: Clusters) -> tuple[Floats, Floats, Floats, Floats]:
+    """Counts, expected counts, p-values and numbers of measured features, all [k, L]."""
+    members = (clusters == np.arange(clusters.max() + 1)[:, None]).astype(float)
+    counts, sizes = members @ (labels & measured), members @ measured
+    totals, n_features = (labels & measured).sum(0), measured.sum(0)
+    p_values = hypergeom.sf(counts - 1, n_features, totals, sizes)
+    return counts, sizes * totals / np.maximum(n_features, 1), p_values.clip(0.0, 1.0), sizes
 
 
 def _q_values(p_values: Floats) -> Floats:

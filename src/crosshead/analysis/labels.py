@@ -8,7 +8,9 @@ that get the label then is reported beside the count (design choice; after Jermy
 
 - induction, previous_token, duplicate_token, same_position: shares of moved mass on repeated random tokens, where
   nothing but repetition can be attended to; null: keys drawn uniformly.
-- delimiter: share of moved mass from tokens without letter or digit, on text; the same null.
+- delimiter: share of activation at tokens without letter or digit, on text; null: positions drawn anew. Of moved mass
+  it would follow from the loadings: a head that looks at punctuation would make delimiters of all its features. Where a
+  dictionary reads the query side: share of moved mass, null as above.
 - code: share of mass in code contexts, every context weighing alike; null: domains dealt anew to contexts.
 - succession: mass on an ordered list over mass on it and its shuffled twin, mean over the pairs with any; null: ordered
   and shuffled exchanged at random, pair by pair.
@@ -48,7 +50,7 @@ class LabelConfig(BaseModel):
     same_position: Share = 0.5
     """Of mass: not moved at all."""
     delimiter: Share = 0.6
-    """Of mass on text: from tokens without letter or digit."""
+    """Of activation on text: at tokens without letter or digit."""
     code: Share = 0.8
     """Of mass on text: in code contexts."""
     succession: Share = 0.5
@@ -95,6 +97,10 @@ class FeatureLabels(NamedTuple):
         return {name: {"count": int(self.holds[:, i].sum()), "expected": float(self.expected[i])}
                 for i, name in enumerate(self.names)}  # fmt: skip
 
+    def measured(self) -> Bools:
+        """Which features were active often enough for which label [F, L-1]."""
+        return np.stack([e.enough & np.isfinite(e.share) for e in self.evidence.values()], axis=1)
+
     def of(self, name: str) -> Bools:
         """The features with one label [F]; none where it was not measured."""
         return self.holds[:, self.names.index(name)] if name in self.names else np.zeros(len(self.holds), dtype=bool)
@@ -128,7 +134,7 @@ def pair_evidence(found: Moved, relation: str, config: LabelConfig) -> Evidence:
 
 
 def source_evidence(found: Moved, delimiter: Bools, config: LabelConfig, seed: int) -> Evidence:
-    """Share of mass at delimiter positions [n, T], for features that nothing moves; null: positions drawn anew."""
+    """Share of activation at delimiter positions [n, T], of features that live at the source; null: positions drawn."""
     entries = found.entries
     on = delimiter[entries.context.numpy(), entries.anchor.numpy()]
     share = _weighted(found, on)
@@ -140,7 +146,7 @@ def source_evidence(found: Moved, delimiter: Bools, config: LabelConfig, seed: i
 
 
 def _weighted(found: Moved, on: Bools) -> Floats:
-    feature, mass = found.entries.feature.numpy(), found.entries.mass.double().numpy()
+    feature, mass = found.entries.feature.numpy(), found.entries.value.abs().double().numpy()
     n_features = len(found.firings)
     part, whole = np.bincount(feature, mass * on, n_features), np.bincount(feature, mass, n_features)
     return np.divide(part, whole, out=np.full(n_features, np.nan), where=whole > 0)

@@ -260,10 +260,10 @@ def _study(subject: Subject, everywhere: Mover, on_text: Mover, contexts: _Conte
 def _evidence(text: Moved, repeated: Moved, lists: Moved, contexts: _Contexts) -> dict[str, Evidence]:
     config, seed = contexts.config.labels, contexts.config.seed
     found = {name: pair_evidence(repeated, name, config) for name in POSITIONAL}
-    if text.mover.moves_between_positions:
-        found["delimiter"] = pair_evidence(text, "delimiter", config)
-    else:
+    if text.mover.anchored == "source":
         found["delimiter"] = source_evidence(text, contexts.delimiter(text.tokens).numpy(), config, seed)
+    else:
+        found["delimiter"] = pair_evidence(text, "delimiter", config)
     domains = contexts.domains()
     if _CODE in domains and len(set(domains)) > 1:
         found["code"] = domain_evidence(text, domains, _CODE, config, seed)

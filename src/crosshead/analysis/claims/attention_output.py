@@ -133,6 +133,10 @@ def decide_heads(shares: Sequence[tuple[int, Record]], settings: Sequence[Record
     seeds = {seed for seed, _ in known}
     if (few := too_few(len(seeds))) is not None:
         return few
+    if len(known) < len(shares):
+        return Decision(
+            "inconclusive", f"{len(shares) - len(known)} of {len(shares)} MTCs have too few induction features"
+        )
     above = [_side(s) == 1 for _, s in known]
     if all(above):
         held = [s is not None and _side(s) == 1 for s in settings]

@@ -129,6 +129,10 @@ def _dimensions(metrics: Record, config: Any) -> Finding | None:
         each = [found[name] for found in correlations if found.get(name) is not None]
         listed = ", ".join(f"{one['rho']:.2f} (p {one['p_value']:.2f})" for one in each)
         sizes += f" Cluster size against share of {name.replace('_', '-')}s: rho {listed}." if each else ""
+    of_loadings = [metrics["meaning"]["modality"][run].get("loadings") for run in modality]
+    loadings = [test["p_value"] for test in of_loadings if test is not None]
+    sizes += (f" The loadings themselves, by their first principal coordinate: p {min(loadings):.2f} to {max(loadings):.2f} "
+              "(groups of features on the same heads, whatever their dimension; no rule).") if loadings else ""  # fmt: skip
     settings = [(own["modality"] or {}).get("ov_dimension")
                 for (own,) in meaning_at_settings(metrics, config.mtc)]  # fmt: skip
     verdict, reason = decide_dimensions([(rows[run]["seed"], test) for run, test in modality.items()], settings)
@@ -138,7 +142,7 @@ def _dimensions(metrics: Record, config: Any) -> Finding | None:
         claim="Attention features have no preferred OV dimensions: clusters form a continuum rather than discrete families.",
         figure=f"OV dimensions of {len(own)} clusters of {shown}, over those of random sets as large: test for one mode "
         f"(dip) p {modality[shown]['p_value']:.2f}, power {modality[shown]['power']:.0%} for two modes a factor of 4 apart "
-        f"({modality[shown]['n']} clusters).{sizes}{_dimension_settings(settings)}",
+        f"({modality[shown]['n']} clusters of four features or more).{sizes}{_dimension_settings(settings)}",
         control=f"Size-matched random sets of features: {outside} of {len(own)} clusters lie outside their 95% range; "
         f"chance gives {0.05 * len(own):.1f}.",
         verdict=verdict,
@@ -192,43 +196,51 @@ def _one_mode(tests: Sequence[tuple[int, Record]]) -> Decision:
 def _power_law(metrics: Record, series: str, sources: Sequence[str]) -> Finding:
     every = [c for c in metrics["clusters"] if c["source"] in sources]
     null_fits = [c for c in metrics["clusters"] if c["source"].split("/")[0] in sources and "/" in c["source"]]
-    fits, nulls = ([c for c in some if c["alpha"] is not None] for some in (every, null_fits))
     n = ", ".join(f"{metrics['cluster_features'][source]:,}" for source in sources)
     verdict, reason = decide_power_law(metrics, sources, every, null_fits)
     return Finding(
         key=f"power-law-{series}",
         title=f"Power law of {series}",
         claim=f"Sizes of clusters in head-loading space follow a power law (loadings of {series}).",
-        figure=f"{', '.join(sources)}: {n} live features, {_fit_text(fits)}.",
-        control=f"{_null_text(nulls)}.",
+        figure=f"{', '.join(sources)}: {n} live features, {_fit_text(every)}.",
+        control=f"{_null_text(null_fits)}.",
         verdict=verdict,
         rule=f"Of the fits of {SEEDS_TO_DECIDE} trained dictionaries or more at {_SIZES_TO_DECIDE} values of k or more each "
-        f"({_BOOTSTRAPS_TO_DECIDE:,} bootstraps), a share is ruled out at p <= {_ALPHA} or beaten by a rival. Supports when "
-        f"it is at most {_CHANCE:.0%}, which a true power law gives by chance, while most fits of every kind of null are; "
-        "contradicts when most are; where data and nulls do alike nothing is learned.",
+        f"({_BOOTSTRAPS_TO_DECIDE:,} bootstraps), a share is ruled out at p <= {_ALPHA} or beaten by a rival; sizes that "
+        f"allow no fit count as ruled out. Supports when it is at most {_CHANCE:.0%}, which a true power law gives by "
+        "chance, while most fits of every kind of null are (sizes without a fit left out, one fit at least); contradicts "
+        "when most are; where data and nulls pass alike nothing is learned.",
         reason=reason,
         picture=f"clusters_{sources[0]}.png",
         commands=commands(metrics, "cluster", "report"),
     )
 
 
-def _fit_text(fits: Sequence[Record]) -> str:
+def _fit_text(every: Sequence[Record]) -> str:
+    fits = [c for c in every if c["alpha"] is not None]
     if not fits:
         return "no clustering had enough sizes for a fit"
+    without = f", {len(every) - len(fits)} of them without a fit" if len(fits) < len(every) else ""
     largest = max(c["k"] for c in fits)
     rows = [c for c in fits if c["k"] == largest]
     return (f"k={largest}: alpha {_spread(rows, 'alpha')}, p {_spread(rows, 'p_value')} over {len(rows)} clusterings; "
-            f"{sum(rejected(c) for c in fits)} of {len(fits)} fits (k >= {min(c['k'] for c in fits)}) ruled out or beaten "
-            "by a rival")  # fmt: skip
+            f"{sum(rejected(c) for c in every)} of {len(every)} fits (k >= {min(c['k'] for c in every)}) ruled out or beaten "
+            f"by a rival{without}")  # fmt: skip
 
 
 def _null_text(nulls: Sequence[Record]) -> str:
-    kinds: dict[str, list[Record]] = {}
-    for fit in nulls:
-        kinds.setdefault(fit["source"].split("/")[1], []).append(fit)
     listed = [f"{kind} {sum(rejected(c) for c in own)} of {len(own)} ruled out, alpha {_spread(own, 'alpha')}"
-              for kind, own in kinds.items()]  # fmt: skip
+              for kind, own in _fits_by_kind(nulls).items() if own]  # fmt: skip
     return "Nulls: " + "; ".join(listed) if listed else "No null had a fit"
+
+
+def _fits_by_kind(nulls: Sequence[Record]) -> dict[str, list[Record]]:
+    """Every kind of null that was run, with those of its clusterings that had a fit."""
+    kinds: dict[str, list[Record]] = {}
+    for clustering in nulls:
+        own = kinds.setdefault(clustering["source"].split("/")[1], [])
+        own += [clustering] if clustering["alpha"] is not None else []
+    return kinds
 
 
 def decide_power_law(
@@ -238,7 +250,7 @@ def decide_power_law(
     seeds = {row["seed"] for row in metrics["frontier"] if row["run"] in sources}
     if (few := too_few(len(seeds))) is not None:
         return few
-    fewest = min(len({c["k"] for c in fits if c["source"] == source}) for source in sources)
+    fewest = min(len({c["k"] for c in fits if c["source"] == source and c["alpha"] is not None}) for source in sources)
     if fewest < _SIZES_TO_DECIDE:
         return Decision("inconclusive", f"fits at {fewest} values of k")
     if metrics["cluster_bootstraps"] < _BOOTSTRAPS_TO_DECIDE:
@@ -246,11 +258,9 @@ def decide_power_law(
     share = sum(rejected(c) for c in fits) / len(fits)
     if share > 0.5:
         return Decision("contradicts", f"{share:.0%} of the fits are ruled out or beaten")
-    by_kind: dict[str, list[bool]] = {}
-    for c in nulls:
-        by_kind.setdefault(c["source"].split("/")[1], []).append(rejected(c))
-    if any(kind not in by_kind for kind in _NULLS):
-        return Decision("inconclusive", "a kind of null was not run")
+    by_kind = {kind: [rejected(c) for c in own] for kind, own in _fits_by_kind(nulls).items()}
+    if any(not by_kind.get(kind) for kind in _NULLS):
+        return Decision("inconclusive", "a kind of null was not run, or none of its sizes had a fit")
     if share <= _CHANCE and all(sum(found) / len(found) > 0.5 for found in by_kind.values()):
         return Decision("supports", f"{share:.0%} of the fits are ruled out, and most of every null's are")
     alike = [kind for kind, found in by_kind.items() if sum(found) / len(found) <= max(share, 0.5)]

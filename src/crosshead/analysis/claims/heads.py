@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
+from crosshead.analysis.robustness import SETTINGS, unsettled_where
 from crosshead.analysis.rules import (
     SEEDS_TO_DECIDE,
     Decision,
@@ -54,13 +55,16 @@ def _heads(metrics: Record, config: Any) -> Finding | None:
         figure=f"Contributions of {at['run']} spread over {spread['participation_ratio_mean']:.2f} heads per feature "
         f"(median {spread['participation_ratio_median']:.2f}; {spread['n_features']:,} live features, "
         f"{at['n_tokens_detail']:,} held-out tokens). Normalised MSE by movers a feature may have, trained so - all: "
-        f"{at['normalised_mse']:.4f} at L0 {at['l0']:.0f}; {dose} ({at['n_tokens']:,} held-out tokens).{_longer_text(metrics, config)} {_pruned(at)}",
+        f"{at['normalised_mse']:.4f} at L0 {at['l0']:.0f}; {dose} ({at['n_tokens']:,} held-out tokens).{_longer_text(metrics, config)}{_settings_text(metrics, config)} {_pruned(at)}",
         control=f"Top-1 by construction: {same['superposition']['participation_ratio_mean']:.2f}. An MTC trained where one "
         f"head per feature is the planted truth, in the same activations: {null}.",
         verdict=verdict,
         rule="Supports when, under gram, l1 and l2 alike and at every seed, features spread over more heads than those of "
         "the one-head null do, and the trained dose-response falls from one mover over two and four to all, at every "
-        "sparsity (where all four were trained longer too, those count).",
+        "sparsity (where all four were trained longer too, those count), and at all of "
+        f"{SETTINGS} settings of start, learning rate and length features spread over more heads than those of the null "
+        "trained alike. Contradicts when under some norm, at some sparsity, they spread over no more heads than the null's "
+        "at any seed, nor at any setting.",
         reason=reason,
         picture="mtc_frontier.png",
         commands=commands(metrics, "nulls", "report"),
@@ -72,6 +76,15 @@ def _null_rows(metrics: Record, series: str) -> list[Record]:
     return [r for r in rows if r["series"] == series and r["participation_ratio_mean"] is not None]
 
 
+def _settings_text(metrics: Record, config: Any) -> str:
+    found = _at_settings(metrics, config)
+    if not found:
+        return ""
+    real, planted = (f"{min(side):.2f} to {max(side):.2f}" for side in zip(*found, strict=True))
+    return (f" At {len(found)} settings of start, learning rate and length, one sparsity and seed: {real} heads per feature, "
+            f"the null trained alike {planted}, more at {sum(own > null for own, null in found)} of them.")  # fmt: skip
+
+
 def _null_spread(metrics: Record, config: Any, sparsity: float) -> str:
     rows = _null_rows(metrics, config.mtc)
     same = [r for r in rows if float(r["k"]) == sparsity]
@@ -80,29 +93,45 @@ def _null_spread(metrics: Record, config: Any, sparsity: float) -> str:
 
 
 def _decide_heads(metrics: Record, config: Any) -> Decision:
-    above: list[bool] = []
+    above, below = [], ""
     for name in (config.mtc, *config.mtc_penalties):
         rows = [r for r in of_series(metrics, name) if r["superposition"]]
         if not rows:
             return Decision("inconclusive", f"{name} was not run; the rule asks for every norm of head loadings")
-        if (few := too_few(len({r["seed"] for r in rows}), f" of {name}")) is not None:
-            return few
         null = _null_rows(metrics, name)
         shared = {r["sparsity_value"] for r in rows} & {float(r["k"]) for r in null}
         if not shared:
             return Decision("inconclusive", f"the one-head null of {name} was not run")
-        for k in shared:
-            real = [r["superposition"]["participation_ratio_mean"] for r in rows if r["sparsity_value"] == k]
-            planted = [r["participation_ratio_mean"] for r in null if float(r["k"]) == k]
-            above.append(min(real) > max(planted))
-            if max(real) <= min(planted):
-                return Decision("contradicts", f"{name} at k={k:g}: no more heads than in the null")
+        for k in sorted(shared):
+            real = {r["seed"]: r["superposition"]["participation_ratio_mean"] for r in rows if r["sparsity_value"] == k}
+            planted = {r["seed"]: r["participation_ratio_mean"] for r in null if float(r["k"]) == k}
+            for seeds, where in ((real, name), (planted, f"the one-head null of {name}")):
+                if (few := too_few(len(seeds), f" of {where} at k={k:g}")) is not None:
+                    return few
+            above.append(min(real.values()) > max(planted.values()))
+            if max(real.values()) <= min(planted.values()):
+                below = below or f"{name} at k={k:g}: no more heads than in the null"
+    settings = _at_settings(metrics, config)
+    if below:
+        return unsettled_where([real <= null for real, null in settings], SETTINGS) or Decision("contradicts", below)
     if not all(above):
         return Decision("inconclusive", f"above the null at {sum(above)} of {len(above)} norms and sparsities")
     falls, why = _dose_response(metrics, config)
-    return Decision(
-        "supports" if falls else "inconclusive", f"more heads than the null at every norm, seed, sparsity; {why}"
+    if not falls:
+        return Decision("inconclusive", f"more heads than the null at every norm, seed, sparsity; {why}")
+    return unsettled_where([real > null for real, null in settings], SETTINGS) or Decision(
+        "supports", f"more heads than the null at every norm, seed, sparsity and setting; {why}"
     )
+
+
+def _at_settings(metrics: Record, config: Any) -> list[tuple[float, float]]:
+    """Heads per feature of an MTC and of its null, at every other setting of start, learning rate and length."""
+    nulls = {row["run"]: row["participation_ratio_mean"] for row in (metrics["nulls"] or {}).get("settings", [])}
+    return [
+        (row["superposition"]["participation_ratio_mean"], nulls[row["run"]])
+        for row in of_series(metrics, f"{config.mtc}-settings")
+        if row["superposition"] is not None and nulls.get(row["run"]) is not None
+    ]
 
 
 def _dose_response(metrics: Record, config: Any) -> tuple[bool, str]:

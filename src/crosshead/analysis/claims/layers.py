@@ -105,9 +105,27 @@ def _shares(matched: Sequence[Record]) -> str:
     )
 
 
+_SHARED_INPUT = (("matched tokens", "(ii)"), ("shared input", "(iii)"))
+
+
 def decide_layers(
     comparison: Record, controls: dict[str, Record | None], matched: Sequence[Record] = (),
     settings: Record | None = None, control_settings: Record | None = None,
+) -> Decision:  # fmt: skip
+    """See ``_decide``. A ratio below 1 that does not beat controls (ii) and (iii) is called shared input in any case."""
+    found = _decide(comparison, controls, matched, settings, control_settings)
+    held = [(name, control) for label, name in _SHARED_INPUT if (control := controls[label]) is not None]
+    unbeaten = [name for name, control in held if not _beats(comparison, control)]
+    if found.verdict != "inconclusive" or comparison["ratio"] is None or comparison["ratio"] >= 1 or not unbeaten:
+        return found
+    return Decision(
+        "inconclusive", f"{found.reason}; the gap does not beat control {' and '.join(unbeaten)}: shared input"
+    )
+
+
+def _decide(
+    comparison: Record, controls: dict[str, Record | None], matched: Sequence[Record], settings: Record | None,
+    control_settings: Record | None,
 ) -> Decision:  # fmt: skip
     """A gap must show no twin where nothing is shared, and must beat what a shared input alone gives.
 
@@ -135,9 +153,11 @@ def decide_layers(
         furthest = max(plain.values(), key=lambda ratio: abs(ratio - 1))
         if abs(furthest - 1) > NO_GAP:
             return Decision("inconclusive", f"an objective of control (i), where no gap may remain, is {furthest:.3f}")
-        return found
-    least = min((row["control_detail"]["pair"] + row["control_detail"]["token"] for row in matched
-                 if row["control_detail"] is not None), default=1.0)  # fmt: skip
+        return unsettled("contradicts", settings, SETTINGS_OF_ONE_START) or found
+    details = [row["control_detail"] for row in matched]
+    if not details or None in details:
+        return Decision("inconclusive", "it is not known at how many positions control (ii) matches a token")
+    least = min(detail["pair"] + detail["token"] for detail in details)
     if least < MATCHED:
         return Decision(
             "inconclusive", f"control (ii) matches a token at {least:.0%} of positions; the rule asks {MATCHED:.0%}"
@@ -150,17 +170,21 @@ def decide_layers(
         if gap >= bar:
             return Decision("inconclusive", f"no gap at coefficient {coefficient:g}: the objective is {gap:.3f}, that of "
                             f"control (i) {plain[coefficient]:.3f}")  # fmt: skip
-    for label, name in (("matched tokens", "(ii)"), ("shared input", "(iii)")):
-        against = held[label].get("own") or comparison
-        own, other = objectives(against), objectives(held[label])
-        above = [c for c, ratio in other.items() if own.get(c, math.inf) >= ratio]
-        if not lies_below(against, held[label]) or not other or above:
-            return Decision("inconclusive", f"the gap does not beat control {name}: shared input")
+    if not all(_beats(comparison, held[label]) for label, _ in _SHARED_INPUT):
+        return Decision("inconclusive", "a gap at every coefficient")
     if (why := unsettled("supports", settings, SETTINGS_OF_ONE_START)) is not None:
         return why
     if (why := _not_below(settings, control_settings)) is not None:
         return why
     return Decision("supports", "below 1 and below controls (ii) and (iii), by frontier and objective")
+
+
+def _beats(comparison: Record, control: Record) -> bool:
+    """Whether two layers lie below a control by frontier and, at every coefficient that it has, by objective."""
+    against = control.get("own") or comparison
+    own, other = objectives(against), objectives(control)
+    above = [c for c, ratio in other.items() if own.get(c, math.inf) >= ratio]
+    return bool(other) and not above and lies_below(against, control)
 
 
 def _not_below(settings: Record | None, control_settings: Record | None) -> Decision | None:

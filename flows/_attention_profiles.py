@@ -39,7 +39,7 @@ def evidence_attention_(sections: Sections, seeds: Sequence[int]) -> None:
     explain["decisions"] = [decision | {"run": f"qk-rank1-k32-s{first}"} for decision in explain["decisions"]]
     coded = [f"{name}-s{first}" for name in sections["replacements"]["codes_of"] if name != "arl-combined"]
     wide = [f"arl-wide-s{seed}" for seed in seeds]
-    sections["replacements"] |= {"heads_of": wide[:1], "codes_of": coded, "trigram_heads": 4}
+    sections["replacements"] |= {"heads_of": wide, "codes_of": coded}
 
 
 def _qk(series: str, seed: int, sparsity: Sections, own: Sections) -> Sections:

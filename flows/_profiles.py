@@ -60,9 +60,10 @@ def _evidence(sections: Sections) -> str:
     wide = [f"{series}-s{seed}" for series in ("mtc-wide-k60", "value-both-wide-c") for seed in _SEEDS]
     sections["clusters"] |= {"runs": wide, "bootstraps": 1000}
     null = [f"{series}-k{k}" for series in ("mtc", "top1", "mtc-penalty-l1", "mtc-penalty-l2") for k in _ABLATED_KS]
+    at_settings = [name for name, run in _settings(sections["training"]).items() if run["series"] == "mtc-settings"]
     sections["nulls"] = {
         "teacher": f"top1-k110-s{_FIRST}",
-        "runs": [f"{run}-s{seed}" for run in null for seed in _SEEDS],
+        "runs": [f"{run}-s{seed}" for run in null for seed in _SEEDS] + at_settings,
     }
     sections["planted"] |= {
         "seeds": list(range(10)), "commit_seed": True,

@@ -28,7 +28,7 @@ from crosshead.activations.capture import capture
 from crosshead.activations.corpus import Corpus
 from crosshead.activations.harvest import HarvestConfig, LayerSites, harvest
 from crosshead.activations.machine import Machine
-from crosshead.analysis.clustering import cluster_labels
+from crosshead.analysis.clustering import ClusterConfig, analyse_loadings, cluster_labels
 from crosshead.dictionaries.base import Site
 from crosshead.dictionaries.registry import build, config_class
 from crosshead.io.files import read_json
@@ -42,6 +42,7 @@ _FITS = (("mtc", 2048, 60, 3), ("mtc", 8192, 60, 3), ("attn_out_sae", 8192, 60, 
          ("mtc", 100_000, 15, 1))  # fmt: skip
 """Architecture, features, steps, how often."""
 _KMEANS = "k-means, 256 clusters in 20 dimensions"
+_CLUSTERING = "clustering stage of one dictionary and its nulls, 20 heads"
 
 
 class _Clocked:
@@ -68,6 +69,7 @@ def whole_rows(root: Path, data: Path, pairs: int, only: str = "") -> Iterator[d
         "harvest, whole": lambda: _whole_harvest(data, min(pairs, 3)),
         **{f"fit, {plan[0]} F={plan[1]}": partial(_fit, data, *plan) for plan in _FITS},
         _KMEANS: lambda: _kmeans(min(pairs, 3)),
+        _CLUSTERING: _clustering,
         "smoke profile": lambda: _smoke(root),
     }
     Machine(device="cpu", threads=torch.get_num_threads()).prepare()
@@ -236,8 +238,7 @@ def _kmeans(pairs: int) -> Iterator[dict[str, Any]]:
     """
     from sklearn.cluster import KMeans, MiniBatchKMeans
 
-    generator = np.random.default_rng(0)
-    vectors = generator.standard_normal((100_000, 20)) * generator.random(20)
+    vectors = _loadings()
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
 
     def on_one_thread(seed: int) -> None:
@@ -253,6 +254,24 @@ def _kmeans(pairs: int) -> Iterator[dict[str, Any]]:
         ).fit(vectors),
     }
     yield from _by_turns(_KMEANS, {"F": 100_000}, ways, list(range(pairs + 1)))
+
+
+def _clustering() -> Iterator[dict[str, Any]]:
+    """Everything that the clustering stage does for 100,000 features, once: k-means at every k and seed, the power-law
+    fits of cluster sizes with refitted bootstraps and rivals, HDBSCAN, and all that again for three nulls.
+    """
+    start = time.perf_counter()
+    found = analyse_loadings("features", _loadings(), np.ones(100_000, dtype=bool), ClusterConfig(runs=("features",)))
+    seconds = time.perf_counter() - start
+    done = f"ours/{len(found['sizes'])} clusterings, {len(found['clusters'])} fits"
+    yield {"work": _CLUSTERING, "implementation": done, "shape": {"F": 100_000}, "seconds_median": seconds,
+           "peak_bytes": None, "ratio_to_encoder_product": None, "ratio_to_ours": 1.0, "pairs": 1}  # fmt: skip
+
+
+def _loadings() -> np.ndarray:
+    """Random loading vectors of 100,000 features over 20 heads of different sizes."""
+    generator = np.random.default_rng(0)
+    return generator.standard_normal((100_000, 20)) * generator.random(20)
 
 
 def _smoke(root: Path) -> Iterator[dict[str, Any]]:

@@ -41,6 +41,13 @@ def _schedule(**changes: Any) -> TrainingConfig:
     return TrainingConfig.model_validate(usual | changes)
 
 
+def _moving_schedule(steps: int) -> TrainingConfig:
+    """Of MTCs. At the full rate a batch with an unusual gradient can throw the head loading of a feature that had been
+    found below the competition for good, so that the Top-1 MTC ends without it: the rate falls from early on.
+    """
+    return _schedule(steps=steps, learning_rate=8e-3, decay_fraction=0.6)
+
+
 class SharedLayers(BaseModel):
     """Planted pairs of layers and the value SAEs on them."""
 
@@ -77,7 +84,7 @@ class Toys(BaseModel):
     """Of the dictionaries."""
     k: Count = 1
     """Active features per position."""
-    training: TrainingConfig = _schedule(steps=1_500, learning_rate=8e-3)
+    training: TrainingConfig = _moving_schedule(1_500)
     """Of the dictionaries."""
 
 
@@ -94,7 +101,7 @@ class Phases(BaseModel):
     """Relative level."""
     l0: tuple[Annotated[float, Field(gt=0)], ...] = (2.0, 6.0)
     """Active features per position."""
-    training: TrainingConfig = _schedule(steps=1_500, learning_rate=8e-3)
+    training: TrainingConfig = _moving_schedule(1_500)
     """Of every MTC."""
 
 
@@ -117,7 +124,7 @@ class PlantedSuiteConfig(BaseModel):
     margin: Annotated[float, Field(ge=0, lt=1)] = 0.1
     """A layer is superposed where its ratio lies below the null's by more than this share. On layers with one head per
     feature it can lie below as well: the null is made of what Top-1 has found, the layer also of what it has not."""
-    training: TrainingConfig = _schedule(steps=4_000, learning_rate=8e-3)
+    training: TrainingConfig = _moving_schedule(4_000)
     """Of recovery's and superposition's dictionaries."""
     shared_layers: SharedLayers = SharedLayers()
     """Of the question of that name, like the next two."""

@@ -9,7 +9,6 @@ from crosshead.analysis.claims.clusters import decide_dimensions, decide_power_l
 from crosshead.analysis.claims.coupling import _matched_text, decide_best_head, decide_joint
 from crosshead.analysis.claims.interpretability import decide_interpretability
 from crosshead.analysis.claims.layers import decide_layers
-from crosshead.analysis.claims.planted import decide_planted
 from crosshead.analysis.claims.superposition import _nulls, decide_superposition
 from crosshead.analysis.findings import ReportConfig, collect
 from crosshead.analysis.rules import both_regimes, decide
@@ -287,38 +286,6 @@ def test_a_power_law_needs_data_that_pass_and_nulls_that_do_not():
     assert power_law(0.5, 0.01, of_sphere=_NO_FIT) == "inconclusive", "a null without a fit is not ruled out"
     assert power_law(0.5, 0.01, each=_NO_FIT) == "inconclusive", "no fit at any k"
     assert power_law(0.5, 0.01, each={"k": 64}) == "inconclusive", "one k"
-
-
-def planted_rows(mtc=0.98, top1=0.1, superposed=True, seeds=(0, 1, 2), alone=None, toy_l0=1.0):
-    rows = []
-    for seed in seeds:
-        for layer in ("one-head", "superposed"):
-            for name, share in (("mtc", mtc), ("top1", (alone or mtc) if layer == "one-head" else top1)):
-                rows.append({"question": "recovery", "seed": seed, "layer": layer, "architecture": name,
-                             "share_recovered": share})  # fmt: skip
-            rows.append(
-                {"question": "superposition", "layer": layer, "superposed": superposed == (layer != "one-head")}
-            )
-        rows.append({"question": "shared_layers", "layers": "other_contexts", "found": False})
-        rows.append({"question": "toys", "superposed": True, "mtc_l0": toy_l0, "top1_l0": 1.0})
-    return rows
-
-
-def test_instruments_must_find_what_was_planted_and_call_it_what_it_is():
-    assert decide_planted(planted_rows()).verdict == "supports"
-    assert decide_planted(planted_rows(mtc=0.9)).verdict == "inconclusive"
-    assert decide_planted(planted_rows(top1=0.7)).verdict == "inconclusive"
-    assert decide_planted(planted_rows(alone=0.4)).verdict == "inconclusive", "Top-1 fails where it must not"
-    assert decide_planted(planted_rows(toy_l0=1.1)).verdict == "inconclusive", "more active features than Top-1"
-    assert decide_planted(planted_rows(superposed=False)).verdict == "inconclusive"
-    assert decide_planted(planted_rows(mtc=0.3)).verdict == "contradicts"
-    assert decide_planted(planted_rows(seeds=(0,))).verdict == "inconclusive"
-    pairs = [row | ({"found": True} if row["question"] == "shared_layers" else {}) for row in planted_rows()]
-    assert decide_planted(pairs).verdict == "inconclusive", "structure found where rows come from other contexts"
-    wrong = [
-        row | ({"superposed": False} if row["question"] == "toys" else {}) for row in planted_rows(superposed=False)
-    ]
-    assert decide_planted(wrong).verdict == "contradicts", "most calls are wrong"
 
 
 def test_attention_output_needs_both_kinds_and_induction_features_their_heads():

@@ -6,6 +6,7 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from crosshead.analysis.claims.planted import called_right
 from crosshead.reporting.attention import attention_sections
 from crosshead.reporting.tables import Column, Record, markdown_table, quoted
 
@@ -95,6 +96,7 @@ _PLANTED_RATIOS = (
     Column("MTC over Top-1", "ratio", "{:.3f}"),
     Column("one-head null", "null_ratio", "{:.3f}"),
     Column("said to be superposed", "superposed"),
+    Column("called what it is", "right"),
 )
 _PLANTED_LAYERS = (
     Column("two layers", "layers"),
@@ -103,6 +105,7 @@ _PLANTED_LAYERS = (
     Column("seed", "seed"),
     Column("objective ratio", "ratio", "{:.3f}"),
     Column("sharing found", "found"),
+    Column("called what it is", "right"),
     Column("features recovered", "share_recovered", "{:.1%}"),
     Column("median cosine of encoders", "cosine_encoder", "{:.2f}"),
     Column("of decoders", "cosine_decoder", "{:.3f}"),
@@ -116,6 +119,7 @@ _TOYS = (
     Column("MTC over Top-1", "ratio", "{:.3f}"),
     Column("one-head null", "null_ratio", "{:.3f}"),
     Column("said to be superposed", "superposed"),
+    Column("called what it is", "right"),
 )
 _MEANING = (
     Column("run", "run"),
@@ -224,7 +228,7 @@ def _planted(rows: Sequence[Record]) -> Record:
     columns = {"recovery": _RECOVERY, "superposition": _PLANTED_RATIOS, "shared_layers": _PLANTED_LAYERS, "toys": _TOYS}
     by_question: dict[str, list[Record]] = {}
     for row in rows:
-        by_question.setdefault(row["question"], []).append(row)
+        by_question.setdefault(row["question"], []).append(row | {"right": called_right(row)})
     tables = {name: markdown_table(columns[name], own) for name, own in by_question.items() if name in columns}
     tables["layers"] = tables.pop("shared_layers", "")
     return _Dotted(

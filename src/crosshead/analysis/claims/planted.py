@@ -5,7 +5,7 @@ from typing import Any
 
 from crosshead.analysis.rules import SEEDS_TO_DECIDE, Decision, Finding, Record, commands, too_few
 
-__all__ = ["decide_planted", "findings"]
+__all__ = ["called_right", "decide_planted", "findings"]
 
 _RECOVERED = 0.95
 _EQUAL_L0 = 1.05
@@ -24,7 +24,8 @@ def findings(metrics: Record, config: Any) -> list[Finding | None]:
         claim="Not of the source: on layers of known features an MTC finds them, Top-1 fails where features are spread over "
         "heads and only there, and the analysis calls a layer what it is.",
         figure=f"{_recovered(rows)}{_told(rows)}",
-        control="Half of the layers hold one head per feature, half of the pairs share nothing.",
+        control="Half of the layers hold one head per feature; of the pairs of layers a third shares no feature, and a third has its second "
+        "layer from other contexts.",
         verdict=verdict,
         rule=f"Supports when, at {SEEDS_TO_DECIDE} seeds or more, an MTC recovers {_RECOVERED:.0%} of the features of every "
         "layer, Top-1 less than half of the spread ones and more than half of the others, and every layer, pair and toy is "
@@ -53,15 +54,28 @@ def _recovered(rows: Sequence[Record]) -> str:
     return f"Features recovered: {'; '.join(texts)}." if texts else ""
 
 
-def calls(rows: Sequence[Record]) -> list[bool]:
-    """For every layer, pair of layers and toy: whether the analysis called it what it is."""
-    right = [r["superposed"] == (r["layer"] == "superposed") for r in _of(rows, question="superposition")]
-    right += [r["found"] == (r["layers"] == "shared") for r in _of(rows, question="shared_layers")]
-    return right + [r["superposed"] and r["mtc_l0"] <= _EQUAL_L0 * r["top1_l0"] for r in _of(rows, question="toys")]
+def called_right(row: Record) -> bool | None:
+    """Whether the analysis called a layer, a pair of layers or a toy what it is; None for rows of other questions.
+
+    A toy is superposed; its call counts where the MTC uses no more features per position than Top-1, or hardly more.
+    """
+    match row["question"]:
+        case "superposition":
+            return row["superposed"] == (row["layer"] == "superposed")
+        case "shared_layers":
+            return row["found"] == (row["layers"] == "shared")
+        case "toys":
+            return row["superposed"] and row["mtc_l0"] <= _EQUAL_L0 * row["top1_l0"]
+        case _:
+            return None
+
+
+def _calls(rows: Sequence[Record]) -> list[bool]:
+    return [right for row in rows if (right := called_right(row)) is not None]
 
 
 def _told(rows: Sequence[Record]) -> str:
-    right = calls(rows)
+    right = _calls(rows)
     return f" Called what they are: {sum(right)} of {len(right)} layers, pairs and toys." if right else ""
 
 
@@ -70,7 +84,7 @@ def decide_planted(rows: Sequence[Record]) -> Decision:
     mtc = _of(rows, question="recovery", architecture="mtc")
     spread, alone = (_of(rows, question="recovery", architecture="top1", layer=layer)
                      for layer in ("superposed", "one-head"))  # fmt: skip
-    right = calls(rows)
+    right = _calls(rows)
     if not mtc:
         return Decision("inconclusive", "no recovery was measured")
     if not right:

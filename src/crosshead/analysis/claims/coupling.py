@@ -43,7 +43,8 @@ def _best_head(metrics: Record, config: Any) -> Finding | None:
         "most in a context, because where and what are coupled.",
         figure=f"MTC over SAE through its best head: {ratio_text(comparison)}.{robustness_text(robustness)}",
         control=f"The SAE chooses its head anew in every context, which the MTC cannot; the MTC may use several. "
-        f"{budget_text(comparison)}. Features on the same contexts:{beside or ' not described.'}",
+        f"{budget_text(comparison)}.{_beside_references(metrics, config.best_head)} Features on the same contexts:"
+        f"{beside or ' not described.'}",
         verdict=verdict,
         rule=f"Supports when the interval lies below 1 at four sparsities and three seeds, and at all of {SETTINGS} settings of "
         "start (the MTC's), learning rate and length.",
@@ -51,6 +52,15 @@ def _best_head(metrics: Record, config: Any) -> Finding | None:
         picture="coupling_frontier.png",
         commands=commands(metrics, "report"),
     )
+
+
+def _beside_references(metrics: Record, series: str) -> str:
+    """How strong a baseline the SAE is: its errors, and those of what needs no dictionary."""
+    errors = [row["normalised_mse"] for row in metrics["frontier"] if row["series"] == series]
+    linear = metrics["references"]["own_position_linear"]
+    if not errors or linear is None:
+        return ""
+    return f" The SAE's own errors are {min(errors):.3f} to {max(errors):.3f}, the best linear map of the own position has {linear:.3f}."
 
 
 def decide_best_head(comparison: Record, robustness: Record | None) -> Decision:

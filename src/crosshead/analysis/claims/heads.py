@@ -55,7 +55,7 @@ def _heads(metrics: Record, config: Any) -> Finding | None:
         figure=f"Contributions of {at['run']} spread over {spread['participation_ratio_mean']:.2f} heads per feature "
         f"(median {spread['participation_ratio_median']:.2f}; {spread['n_features']:,} live features, "
         f"{at['n_tokens_detail']:,} held-out tokens). Normalised MSE by movers a feature may have, trained so - all: "
-        f"{at['normalised_mse']:.4f} at L0 {at['l0']:.0f}; {dose} ({at['n_tokens']:,} held-out tokens).{_longer_text(metrics, config)}{_settings_text(metrics, config)} {_pruned(at)}",
+        f"{at['normalised_mse']:.4f} at L0 {at['l0']:.0f}; {dose} ({at['n_tokens']:,} held-out tokens).{_longer_text(metrics, config)}{_settings_text(metrics, config)}{_variants_text(metrics, config)} {_pruned(at)}",
         control=f"Top-1 by construction: {same['superposition']['participation_ratio_mean']:.2f}. An MTC trained where one "
         f"head per feature is the planted truth, in the same activations: {null}.",
         verdict=verdict,
@@ -83,6 +83,17 @@ def _settings_text(metrics: Record, config: Any) -> str:
     real, planted = (f"{min(side):.2f} to {max(side):.2f}" for side in zip(*found, strict=True))
     return (f" At {len(found)} settings of start, learning rate and length, one sparsity and seed: {real} heads per feature, "
             f"the null trained alike {planted}, more at {sum(own > null for own, null in found)} of them.")  # fmt: skip
+
+
+def _variants_text(metrics: Record, config: Any) -> str:
+    """Heads per feature where loadings have a sign, or a norm that is a penalty instead of a weight in top-k."""
+    listed = []
+    for name in (*config.variants, *(first for first, _ in config.sensitivity)):
+        spreads = [row["superposition"]["participation_ratio_mean"] for row in of_series(metrics, name)
+                   if row["superposition"] and row["heads_per_feature"] == "all" and row["target"] == "attn_out"]  # fmt: skip
+        if spreads:
+            listed.append(f"{name} {min(spreads):.2f} to {max(spreads):.2f}")
+    return f" For the reader, heads per feature without a null: {'; '.join(listed)}." if listed else ""
 
 
 def _null_spread(metrics: Record, config: Any, sparsity: float) -> str:

@@ -79,10 +79,9 @@ def _evidence(sections: Sections) -> str:
         **_frontier_runs(), **_value_runs(_VALUES, _SEEDS, _COEFFICIENTS), **_ablations(_EVERY_SEED, _SEEDS),
         **_wide_runs(), **_value_runs(_VALUES_TWICE, _SEEDS, ("b", "d")), **_settings(sections["training"]),
         **_value_runs(_VALUES_ONCE, (_FIRST,), ("b", "d")), **_ablations(_FIRST_SEED, (_FIRST,)), **_l1_runs(),
-        **_long_runs(), **_more_settings(sections), **_residual_runs(),
+        **_more_settings(sections), **_residual_runs(),
     }  # fmt: skip
-    settings = [name for name, run in sections["runs"].items()
-                if run["series"] in _DESCRIBED_SETTINGS and "decay_fraction" not in run["training"]]  # fmt: skip
+    settings = [name for name, run in sections["runs"].items() if run["series"] in _DESCRIBED_SETTINGS]
     runs = [*named, f"value-both-c-s{_FIRST}"]
     # 500: the smallest p-value must lie below 5% over 18 settings.
     sections["meaning"] |= {"runs": runs, "settings": settings, "matched": matched, "simulations": 500}
@@ -176,17 +175,6 @@ def _ablations(table: dict[str, tuple[str, str, Sections]], seeds: Iterable[int]
     }
 
 
-def _long_runs() -> Sections:
-    """One, two, four and all movers for twice the steps, where all had not come to be ahead of four."""
-    series = {name: _FRONTIERS.get(name) or _EVERY_SEED[name] for name in ("top1", "heads2", "heads4", "mtc")}
-    return {
-        f"{name}-long-k{_KS[-1]}-s{seed}": _top_k(kind, f"{name}-long", family, _KS[-1], seed, own)
-        | {"training": {"steps": 2 * _STEPS}}
-        for seed in _SEEDS
-        for name, (kind, family, own) in series.items()
-    }
-
-
 def _residual_runs() -> Sections:
     """The residual target at the sparsities that ablations leave out: two points gave an interval of 0.71 to 1.10."""
     return {
@@ -228,8 +216,6 @@ _STARTS: dict[str, Sections] = {
     "energy": {"start": "value_maps", "start_tokens": "energy"},
     "random": {"start": "random"},
 }
-_ANNEALED = {"decay_fraction": 0.8}
-"""At twice the rate both are trained once more so, and the better of the two counts."""
 
 
 def _settings(training: Sections) -> Sections:
@@ -244,7 +230,7 @@ def _settings(training: Sections) -> Sections:
 
 
 def _more_settings(sections: Sections) -> Sections:
-    """The same for other sides of coupling, attention outputs, value layers; MTCs at twice the rate, annealed."""
+    """The same for other sides of coupling, attention outputs and value layers."""
     runs: Sections = {}
     training = sections["training"]
     of_values, of_outputs = (training | sections["dictionaries"][kind].get("training", {})
@@ -260,11 +246,6 @@ def _more_settings(sections: Sections) -> Sections:
         for series, (layers, own) in _VALUES.items():
             run = _value(f"{series}-settings", layers, _COEFFICIENTS["b"], _FIRST, own) | {"family": "robustness"}
             runs[_setting(series, rate, length)] = run | {"training": _plan(of_values, rate, length)}
-    for start, length in product(_STARTS, _LENGTHS):
-        for series, heads in (("mtc", {}), ("top1", {"heads_per_feature": 1})):
-            run = _top_k("mtc", f"{series}-settings", "robustness", 60, _FIRST, _STARTS[start] | heads)
-            plan = _plan(training, _RATES[-1], length) | _ANNEALED
-            runs[f"{_setting(f'{series}-{start}', _RATES[-1], length)}-annealed"] = run | {"training": plan}
     return runs
 
 

@@ -11,8 +11,8 @@ The source interleaves SAE and MTC steps over the same batches. Here both are on
 encoder, SAE decoder and SAE bias only, the second for decoder, loadings, bias and first-token term only, so that every
 parameter gets the gradient that a step of its own kind would give it, and Adam, whose moments are kept for each
 parameter, the same update. Two steps on a batch differ in one thing: the MTC's would see activations of the encoder
-after the SAE's step instead of before it. Clipping the norm of the whole gradient would tie the parts together; leave
-``training.gradient_clip`` at null.
+after the SAE's step instead of before it. ``training.gradient_clip`` multiplies the gradients of both parts by one
+factor, which ties their sizes together and nothing else.
 
 ``target``, ``decode``, ``reconstruct`` and ``reconstruction`` are the MTC's; the SAE's own error is the part ``sae``.
 """

@@ -4,7 +4,7 @@ import subprocess
 
 from crosshead.activations.machine import Machine
 from crosshead.analysis.planted_suite import PlantedSuiteConfig, run_suite
-from crosshead.io.files import atomic_directory, write_json
+from crosshead.io.files import write_json
 from flows._runtime import Stage, main, repository_root
 
 
@@ -15,8 +15,8 @@ def planted(stage: Stage) -> None:
     commit = _commit() if config.commit_seed else None
     with stage.work(stage.identity(("planted", "machine"), ())) as work:
         found = run_suite(config, work, commit)
-        with atomic_directory(stage.data / "planted") as directory:
-            write_json(directory / "planted.json", found)
+        # A report, not data: it takes an hour and owes nothing to the model, so a clone has it and need not run it.
+        write_json(stage.reports / "planted.json", found)
 
 
 def _commit() -> str | None:

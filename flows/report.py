@@ -11,6 +11,7 @@ from crosshead.reporting import attention_figures, evidence, figures
 from crosshead.reporting.page import render_html
 from crosshead.reporting.render import render_markdown
 from flows._runtime import Stage, main
+from flows._tracking import _git_revision as git_revision  # pyright: ignore[reportPrivateUsage]
 
 
 def report(stage: Stage) -> None:
@@ -21,6 +22,7 @@ def report(stage: Stage) -> None:
     metrics = collect(
         records,
         profile=stage.profile,
+        revision=git_revision(),
         config=config,
         provenance=read_json(stage.data / "model" / "provenance.json"),
         corpus=read_json(stage.data / "corpus" / "manifest.json"),
@@ -31,7 +33,7 @@ def report(stage: Stage) -> None:
         clusters=clusters,
         audit=read_json(stage.data / "audit" / "audit.json"),
         nulls=_nulls(stage),
-        planted=read_json(stage.data / "planted" / "planted.json"),
+        planted=read_json(stage.reports / "planted.json"),
         meaning=read_json(stage.data / "meaning" / "meaning.json"),
         attention=[read_json(stage.reports / "attention" / f"{run}.json") for run in stage.sections["attention_runs"]],
         explain=read_json(stage.data / "explain" / "explain.json"),

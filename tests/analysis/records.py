@@ -103,7 +103,8 @@ def evidence() -> dict[str, Any]:
     side = {"median": 0.4, "interval": [0.3, 0.5], "shuffled": 0.02, "n_features": 50,
             "bits": {"median": 0.3, "interval": [0.2, 0.4], "shuffled": 0.0}}  # fmt: skip
     side |= {part: {"median": 0.3, "shuffled": 0.02} for part in ("top", "middle")}
-    labels = {"induction": {"count": 7, "expected": 0.5}, "succession": {"count": 1, "expected": 0.2}}
+    labels = {"induction": {"count": 7, "expected": 0.5, "p_value": None},
+              "succession": {"count": 1, "expected": 0.2, "p_value": 0.1}}  # fmt: skip
     heads = {
         "survey_heads": [{"layer": 17, "head": 3, "score": 0.8}],
         "share_on_survey_heads": 0.8,

@@ -73,6 +73,7 @@ def test_hand_built_features_get_their_labels_and_drawn_keys_give_none():
     assert counts["induction"]["expected"] < 0.5
     assert counts["none"]["count"] == int((live & ~labels.holds[:, :-1].any(1)).sum())
     assert counts["none"]["expected"] > 0.8 * live.sum()
+    assert counts["induction"]["p_value"] is None, "three draws cannot tell 5%"
 
 
 def test_every_label_is_absent_from_features_that_fire_too_rarely_or_are_dead():
@@ -135,14 +136,19 @@ def test_a_feature_that_wants_order_is_told_from_one_that_does_not():
     mass = generator.random((36, 3)) + 0.5
     mass[18:, 0] *= 0.05
     mass[:, 2] *= np.array([1.0] * 6 + [0.0] * 12 + [1.0] * 6 + [0.0] * 12)
-    found = succession_evidence(_Masses(mass), families, LabelConfig(draws=200), 0)
+    found = succession_evidence(_Masses(mass), families, LabelConfig(exchanges=200), 0)
     assert found.share[0] > 0.9
     assert found.share[1] == pytest.approx(0.5, abs=0.05)
     assert found.enough.tolist() == [True, True, False]
     assert found.null[:, 0].mean() == pytest.approx(0.5, abs=0.05)
-    labels = label_features({"succession": found}, np.ones(3, dtype=bool), LabelConfig(draws=200))
+    labels = label_features({"succession": found}, np.ones(3, dtype=bool), LabelConfig())
     assert labels.of("succession").tolist() == [True, False, False]
     assert labels.counts()["succession"]["expected"] < 0.3
+    assert labels.counts()["succession"]["p_value"] < 0.05
+    mass[18:, 0] = mass[:18, 0]
+    found = succession_evidence(_Masses(mass), families, LabelConfig(), 0)
+    assert label_features({"succession": found}, np.ones(3, dtype=bool), LabelConfig()).counts()["succession"]["p_value"] == 1
+    assert labels.counts()["none"]["p_value"] is None
 
 
 def test_examples_mark_both_ends_of_the_largest_move():

@@ -33,7 +33,7 @@ def described() -> dict[str, Any]:
     given["records"] += [record(f"{name}-settings", 60, 0.2, **own, run=run) for (name, run), own in settings.items()]
     metrics = collect(**given, **evidence(), profile="test", config=CONFIG, inputs={})
     meaning = metrics["meaning"]
-    labels = {name: {"count": 9, "expected": 0.5} for name in ("induction", "succession")}
+    labels = {name: {"count": 9, "expected": 0.5, "p_value": None} for name in ("induction", "succession")}
     read = {key: value for key, value in meaning["runs"]["mtc-60"].items() if key != "examples"}
     bits = {"mtc": (0.5, 0.6), "top1": (0.3, 0.4), "joint-top1": (0.1, 0.2), "attn-out-sae": (0.1, 0.2)}
     of = {name: read | meant(*bits[name], 0) | {"labels": labels} for name in DESCRIBED}

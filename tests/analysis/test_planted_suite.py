@@ -1,9 +1,10 @@
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from crosshead.activations.planted import PlantedConfig
-from crosshead.analysis import planted_suite
+from crosshead.analysis import planted_suite, planted_trials
 from crosshead.analysis.planted_suite import PlantedSuiteConfig, run_suite
 from crosshead.analysis.planted_trials import layer_trial
 from crosshead.training.fit import TrainingConfig
@@ -81,6 +82,17 @@ def test_finished_trials_are_not_run_again(finished, monkeypatch):
         monkeypatch.setattr(planted_suite, name, lambda *_, **__: pytest.fail("ran again"))
     assert run_suite(tiny(commit_seed=True), work, "0123abcd") == found
     assert [path for path in work.iterdir() if path.is_dir()] == []
+
+
+def test_of_several_starts_the_best_counts_for_both_architectures(monkeypatch, tmp_path):
+    errors = {("all", 7): 0.3, ("all", 107): 0.2, (1, 7): 0.4, (1, 107): 0.5}
+
+    def train(config, source, training, seed, work):
+        return SimpleNamespace(evaluation=SimpleNamespace(normalised_mse=errors[config.heads_per_feature, seed]))
+
+    monkeypatch.setattr(planted_trials, "_train", train)
+    pair = planted_trials._pair(None, QUICK, 8, 1, 7, tmp_path, starts=2)
+    assert planted_trials._ratio(pair) == pytest.approx(0.2 / 0.4)
 
 
 def test_toys_and_phases_may_take_fewer_seeds(finished):

@@ -289,13 +289,14 @@ def test_a_power_law_needs_data_that_pass_and_nulls_that_do_not():
 
 
 def test_attention_output_needs_both_kinds_and_induction_features_their_heads():
-    def labels(induction, succession, expected=1.0):
-        return [(seed, {"induction": {"count": induction, "expected": expected},
-                        "succession": {"count": succession, "expected": expected}}) for seed in range(3)]  # fmt: skip
+    def labels(induction, succession, expected=1.0, p_value=0.01):
+        return [(seed, {"induction": {"count": induction, "expected": expected, "p_value": None}, "succession": {
+                        "count": succession, "expected": expected, "p_value": p_value}}) for seed in range(3)]  # fmt: skip
 
     many, few = ([labels(n, n)[0][1]] * 6 for n in (9, 2))
     assert decide_labels(labels(9, 5), many).verdict == "supports"
     assert decide_labels(labels(9, 2), many).verdict == "inconclusive"
+    assert decide_labels(labels(9, 5, p_value=0.05), many).verdict == "inconclusive", "as many in 5% of exchanges"
     assert decide_labels(labels(2, 2), few).verdict == "contradicts"
     assert decide_labels(labels(9, 5, expected=4.0), few).verdict == "contradicts"
     assert decide_labels(labels(9, 5)[:2], many).verdict == "inconclusive"

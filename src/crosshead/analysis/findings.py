@@ -92,6 +92,7 @@ def collect(
     records: Sequence[Record],
     *,
     profile: str,
+    revision: str = "unknown",
     config: ReportConfig,
     provenance: Record,
     corpus: Record,
@@ -109,7 +110,8 @@ def collect(
     explain: Record | None = None,
     replacements: Record | None = None,
 ) -> Record:
-    """The content of metrics.json. ``inputs`` are finished metrics of other profiles, by label.
+    """The content of metrics.json. ``inputs`` are finished metrics of other profiles, by label; ``revision`` is the
+    commit whose code made them.
 
     ``nulls``, ``planted``, ``meaning``, ``explain`` and ``replacements`` are what those stages wrote, ``attention`` the
     records of attention runs; claims that need one that is missing stay open.
@@ -118,6 +120,7 @@ def collect(
     return {
         "schema": SCHEMA,
         "profile": profile,
+        "revision": revision,
         "model": {k: provenance.get(k) for k in ("id", "source", "revision", "sha256", "quantisation", "note")},
         "corpus": {k: corpus.get(k) for k in ("context_length", "n_contexts", "fingerprint", "sources")},
         "layers": layers,

@@ -64,7 +64,9 @@ class LabelConfig(BaseModel):
     minimum_families: Annotated[int, Field(gt=0)] = 3
     """Kinds of lists (days, months, ...) among them."""
     draws: Annotated[int, Field(gt=0)] = 4
-    """Draws of every null."""
+    """Draws of every null but that of succession."""
+    exchanges: Annotated[int, Field(gt=0)] = 200
+    """Draws of succession's null: few features have the label, so their number is tested as well."""
 
 
 class Evidence(NamedTuple):
@@ -88,14 +90,20 @@ class FeatureLabels(NamedTuple):
     """[F, L]."""
     expected: Floats
     """[L], mean number of features under the null."""
+    p_value: Floats
+    """[L], share of draws with as many features or more, the count itself among them; NaN for ``none``."""
     score: Floats
     """[F, L-1], (share - expected) / (1 - expected); NaN: not measured."""
     evidence: Mapping[str, Evidence]
 
     def counts(self) -> dict[str, dict[str, float]]:
-        """``{label: {count, expected}}``."""
-        return {name: {"count": int(self.holds[:, i].sum()), "expected": float(self.expected[i])}
+        """``{label: {count, expected, p_value}}``; a p-value that could not fall below 5% is left out as None."""
+        return {name: {"count": int(self.holds[:, i].sum()), "expected": float(self.expected[i]),
+                       "p_value": float(self.p_value[i]) if self._testable(name) else None}
                 for i, name in enumerate(self.names)}  # fmt: skip
+
+    def _testable(self, name: str) -> bool:
+        return name in self.evidence and 1 / (1 + len(self.evidence[name].null)) < 0.05
 
     def measured(self) -> Bools:
         """Which features were active often enough for which label [F, L-1]."""
@@ -108,23 +116,26 @@ class FeatureLabels(NamedTuple):
 
 def label_features(evidence: Mapping[str, Evidence], live: Bools, config: LabelConfig) -> FeatureLabels:
     """Label live features by whatever was measured."""
-    thresholds = np.array([getattr(config, name) for name in evidence])
     scores = np.stack([_score(e.share, e.expected) for e in evidence.values()], axis=1)
-    enough = np.stack([e.enough & live for e in evidence.values()], axis=1)
-    holds = _with_none((np.nan_to_num(scores, nan=-1.0) >= thresholds) & enough, live)
-    expected = []
-    for draw in range(min(len(e.null) for e in evidence.values())):
-        null = np.stack([_score(e.null[draw], e.expected) for e in evidence.values()], axis=1)
-        expected.append(_with_none((np.nan_to_num(null, nan=-1.0) >= thresholds) & enough, live).sum(0))
-    return FeatureLabels((*evidence, "none"), holds, np.mean(expected, axis=0), scores, evidence)
+    held = [_held(e.share, name, e, live, config) for name, e in evidence.items()]
+    drawn = [np.stack([_held(null, name, e, live, config) for null in e.null]) for name, e in evidence.items()]
+    counts = [each.sum(1) for each in drawn]
+    n_common = min(len(each) for each in drawn)
+    none = [(live & ~np.any([each[draw] for each in drawn], axis=0)).sum() for draw in range(n_common)]
+    expected = np.array([*(count.mean() for count in counts), np.mean(none)])
+    p_value = [(1 + (count >= own.sum()).sum()) / (1 + len(count)) for count, own in zip(counts, held, strict=True)]
+    holds = np.stack([*held, live & ~np.any(held, axis=0)], axis=1)
+    return FeatureLabels((*evidence, "none"), holds, expected, np.array([*p_value, np.nan]), scores, evidence)
+
+
+def _held(share: Floats, name: str, evidence: Evidence, live: Bools, config: LabelConfig) -> Bools:
+    """Which features would have a label if these were their shares [F]."""
+    score = np.nan_to_num(_score(share, evidence.expected), nan=-1.0)
+    return (score >= getattr(config, name)) & evidence.enough & live
 
 
 def _score(share: Floats, expected: Floats) -> Floats:
     return (share - expected) / np.maximum(1.0 - expected, 1e-9)
-
-
-def _with_none(holds: Bools, live: Bools) -> Bools:
-    return np.concatenate([holds, (live & ~holds.any(1))[:, None]], axis=1)
 
 
 def pair_evidence(found: Moved, relation: str, config: LabelConfig) -> Evidence:
@@ -178,7 +189,7 @@ def succession_evidence(found: Moved, families: Sequence[str], config: LabelConf
     enough = (active.sum(0) >= config.minimum_pairs) & (n_families >= config.minimum_families)
     beyond_half = np.divide(ordered, both, out=np.full(both.shape, 0.5), where=active) - 0.5
     generator = np.random.default_rng(seed)
-    signs = [np.ones(len(both)), *(generator.choice([-1.0, 1.0], size=len(both)) for _ in range(config.draws))]
+    signs = [np.ones(len(both)), *(generator.choice([-1.0, 1.0], size=len(both)) for _ in range(config.exchanges))]
     n_active = np.where(active.any(0), active.sum(0), np.nan)
     shares = [0.5 + sign @ beyond_half / n_active for sign in signs]
     return Evidence(shares[0], np.full(both.shape[1], 0.5), np.stack(shares[1:]), enough)

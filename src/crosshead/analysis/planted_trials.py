@@ -63,18 +63,22 @@ def phase_trial(layer: PlantedConfig, training: TrainingConfig, features: int, s
 
 
 def toy_trial(
-    kind: ToyKind, toy: ToyConfig, training: TrainingConfig, features: int, k: int, seed: int, work: Path
-) -> Row:
-    """A trained toy, and an MTC and a Top-1 MTC on it at equal k: their errors, on the one-head null as well."""
+    kind: ToyKind, toy: ToyConfig, training: TrainingConfig, features: int, k: int, seed: int, work: Path,
+    starts: int = 1,
+) -> Row:  # fmt: skip
+    """A trained toy, and an MTC and a Top-1 MTC on it at equal k: their errors, on the one-head null as well.
+
+    Of each of the four dictionaries the best of ``starts`` trainings counts.
+    """
     base = work / "base"
     if not (base / "toy.json").exists():
         trained_toy = train_toy(kind, seed, toy)
         trained_toy.write(base / "cache")
         write_json(base / "toy.json", {"accuracy": trained_toy.accuracy, "loss": trained_toy.loss})
     cache = ActivationCache.open(base / "cache")
-    pair = _pair(cache, training, features, k, seed, work)
+    pair = _pair(cache, training, features, k, seed, work, starts)
     figures = {f"{name}_{key}": value for name, trained in pair.items() for key, value in _figures(trained).items()}
-    null = _null_ratio(pair, cache, training, features, k, seed, work)
+    null = _null_ratio(pair, cache, training, features, k, seed, work, starts)
     return {**read_json(base / "toy.json"), "k": k, **figures, "ratio": _ratio(pair), "null_ratio": null}
 
 
@@ -115,20 +119,25 @@ def _planted(config: PlantedConfig, work: Path) -> tuple[ActivationCache, Truth]
 
 
 def _pair(
-    source: ActivationSource, training: TrainingConfig, features: int, k: int, seed: int, work: Path
+    source: ActivationSource, training: TrainingConfig, features: int, k: int, seed: int, work: Path, starts: int = 1
 ) -> dict[str, _Trained]:
-    """An MTC and a Top-1 MTC, alike in all but the heads per feature."""
-    return {name: _train(_moving(name, features, k), source, training, seed, work / name) for name in ("mtc", "top1")}
+    """An MTC and a Top-1 MTC, alike in all but the heads per feature; of several starts the one of least error."""
+    pair: dict[str, _Trained] = {}
+    for name in ("mtc", "top1"):
+        trained = [_train(_moving(name, features, k), source, training, seed + 100 * start, work / f"{name}-{start}")
+                   for start in range(starts)]  # fmt: skip
+        pair[name] = min(trained, key=lambda one: one.evaluation.normalised_mse)
+    return pair
 
 
 def _null_ratio(
     pair: Mapping[str, _Trained], cache: ActivationSource, training: TrainingConfig, features: int, k: int, seed: int,
-    work: Path,
+    work: Path, starts: int = 1,
 ) -> float:  # fmt: skip
     """The ratio where the Top-1 model's prediction, with its residuals from elsewhere, is the target."""
     planted = PlantedSource(cache, pair["top1"].module, work / "null", seed)
     # Another seed than the teacher's: a student that begins where its teacher did would be favoured.
-    return _ratio(_pair(planted, training, features, k, seed + 1_000, work / "null"))
+    return _ratio(_pair(planted, training, features, k, seed + 1_000, work / "null", starts))
 
 
 def _moving(name: str, features: int, k: int) -> mtc.Config:

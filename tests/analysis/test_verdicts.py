@@ -140,6 +140,8 @@ def test_a_gap_that_a_shared_input_gives_as_well_is_called_so_whatever_else_is_m
     )  # fmt: skip
     assert "shared input" not in of_layers(ratio(0.85, 0.9, n_seeds=1, objective=at(0.9))).reason
     assert "shared input" not in of_layers(ratio(1.01, 1.1, n_seeds=1, objective=at(1.1))).reason, "no gap at all"
+    no_penalty = of_layers(ratio(0.85, 0.9, objective=at(0.9)), shared_input=ratio(0.92, 0.95))
+    assert no_penalty == ("inconclusive", "control (iii) has no L1 runs"), "unknown, not shared input"
 
 
 def test_control_ii_must_be_known_to_match():

@@ -115,7 +115,7 @@ def decide_layers(
     """See ``_decide``. A ratio below 1 that does not beat controls (ii) and (iii) is called shared input in any case."""
     found = _decide(comparison, controls, matched, settings, control_settings)
     held = [(name, control) for label, name in _SHARED_INPUT if (control := controls[label]) is not None]
-    unbeaten = [name for name, control in held if not _beats(comparison, control)]
+    unbeaten = [name for name, control in held if objectives(control) and not _beats(comparison, control)]
     if found.verdict != "inconclusive" or comparison["ratio"] is None or comparison["ratio"] >= 1 or not unbeaten:
         return found
     return Decision(
@@ -170,6 +170,9 @@ def _decide(
         if gap >= bar:
             return Decision("inconclusive", f"no gap at coefficient {coefficient:g}: the objective is {gap:.3f}, that of "
                             f"control (i) {plain[coefficient]:.3f}")  # fmt: skip
+    without = [name for label, name in _SHARED_INPUT if not objectives(held[label])]
+    if without:
+        return Decision("inconclusive", f"control {' and '.join(without)} has no L1 runs")
     if not all(_beats(comparison, held[label]) for label, _ in _SHARED_INPUT):
         return Decision("inconclusive", "a gap at every coefficient")
     if (why := unsettled("supports", settings, SETTINGS_OF_ONE_START)) is not None:
@@ -184,7 +187,7 @@ def _beats(comparison: Record, control: Record) -> bool:
     against = control.get("own") or comparison
     own, other = objectives(against), objectives(control)
     above = [c for c, ratio in other.items() if own.get(c, math.inf) >= ratio]
-    return bool(other) and not above and lies_below(against, control)
+    return not above and lies_below(against, control)
 
 
 def _not_below(settings: Record | None, control_settings: Record | None) -> Decision | None:
